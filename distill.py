@@ -1,0 +1,131 @@
+"""Distil a teacher's fused pyramid into a student that sees low resolution only.
+
+    python distill.py --teacher runs/teacher/last.pt          the student starts from the teacher's weights
+    python distill.py --teacher runs/teacher/last.pt --kd 0   the control: the same training without the teacher's features
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from msad import align, checkpoint, distillation, evaluation, official, processes, settings as S, training as T
+from msad.annotations import InputError
+from msad.data import CocoDataset, TrainBatches, loader
+
+
+@dataclass(frozen=True)
+class Settings(S.Recipe):
+    teacher: str = S.option("", "the teacher's checkpoint (needed)")
+    kd: float = S.option(0.6, "weight of the distillation loss; 0.6 is the paper's alpha 0.2 times tau 3; 0 turns it off")
+    weights: str = S.option("teacher", "where the student starts: teacher, none, or the backbone from imagenet or FILE")
+
+
+def student_settings(given):
+    """Settings in which the student is like the teacher, as far as nothing else was asked for; and the teacher."""
+    if "teacher" not in given:
+        raise InputError("--teacher CKPT is needed: train one with train.py")
+    teacher = checkpoint.load(given["teacher"])
+    if teacher.config.kind != "teacher":
+        raise InputError(f"{given['teacher']}: holds a model of kind {teacher.config.kind}, not a teacher with a fused pyramid")
+    return S.settle(Settings, given, S.architecture(teacher.config) | {"weights": "teacher"}), teacher
+
+
+def run():
+    given, go_on = S.parse(Settings, __doc__)
+    out = Path(given.get("out") or "runs/student")
+    saved = None
+    if go_on and (out / "last.pt").exists():
+        saved, settings = S.resume(Settings, given, out / "last.pt")
+        teacher = checkpoint.load(settings.teacher)
+    else:
+        settings, teacher = student_settings(given)
+    if Path(settings.teacher).resolve().parent == out.resolve():
+        raise InputError(f"--out {out}: the teacher is in there; choose another folder for the student")
+    device, settings = T.start(settings)
+    out = T.open_folder(out, fresh=not go_on)
+
+    # Data: the student trains on the half of what the teacher sees, and is evaluated on images read at low resolution.
+    train, val = T.open_data(settings.data)
+    T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
+    training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
+    high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
+    low_set = CocoDataset(val, (settings.test_side,), settings.long_side, low=True)
+
+    # Models
+    teacher = distillation.freeze(teacher).to(device)
+    if saved:
+        student = checkpoint.restore(saved, out / "last.pt").to(device)
+    else:
+        student = checkpoint.build(S.model_config(settings, "low", train.classes)).to(device)
+        begin(student, teacher, settings)
+    network = processes.parallel(student)
+    optimizer = T.optimizer_for(student, settings)
+    start, log = T.continue_from(saved, optimizer, out)
+    autocast = T.autocast_for(device, settings.precision)
+    T.introduce(settings, student, train, val, device, out)
+
+    def evaluate(model, dataset):
+        branches = sorted(model.branches)
+        results = evaluation.evaluate(model, dataset, branches, settings.batch, settings.workers, autocast)
+        return {branch: metrics for branch, (metrics, _) in results.items()}
+
+    teacher_results = saved["training"]["teacher"] if saved else evaluate(teacher, high_set)
+    if processes.is_main():
+        print(evaluation.table({f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}), flush=True)
+
+    batches = TrainBatches(train, settings.batch, settings.seed, start, processes.rank(), processes.count())
+    batches = iter(loader(training_set, batches, teacher.multiple, settings.workers, device))
+    progress = T.Progress(settings, start)
+    interrupt = T.Interrupt()
+    student.train()
+
+    for iteration in range(start, settings.iters):
+        batch = next(batches).to(device)
+        high = student.normalize(batch.images, batch.sizes)
+        with autocast():
+            pyramids, outputs = network(align.downsample(high, settings.downsample))
+        losses = student.losses(outputs, batch.boxes, batch.labels)
+        if settings.kd:
+            with torch.no_grad(), autocast():
+                fused = teacher.pyramids(high, ["fused"])["fused"]
+            weight = settings.kd * distillation.ramp(iteration, settings.kd_ramp)
+            losses["kd"] = weight * distillation.pyramid_l1(pyramids["low"], fused)
+        loss = sum(losses.values())
+        T.step(student, optimizer, loss, losses, settings, iteration)
+
+        progress.show(iteration, loss, losses)
+        log.losses(iteration, loss, losses, settings)
+        done = iteration + 1
+        if done % settings.eval_every == 0 and done < settings.iters:
+            log.results(done, evaluate(student, low_set))
+        if done % settings.save_every == 0 or done == settings.iters or interrupt.asked:
+            T.save(out, student, optimizer, settings, done, log, teacher=teacher_results)
+        if interrupt.asked and done < settings.iters:
+            return T.say_how_to_go_on("distill.py", out, done)
+    progress.close()
+    interrupt.release()
+
+    results = evaluate(student, low_set)
+    log.results(settings.iters, results)
+    if processes.is_main():
+        rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
+        print(evaluation.table(rows | {"student @ low": results["low"]}))
+        print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}")
+        print(f"next: python evaluate.py --ckpt {out / 'last.pt'}" + (f" --data {settings.data}" if settings.data else ""))
+
+
+def begin(student, teacher, settings):
+    """Give a new student the weights it starts from, and say which those are."""
+    line = "from random weights"
+    if settings.weights != "none":
+        line = distillation.start_from(student, teacher)
+    if settings.weights not in ("teacher", "none"):
+        official.load_backbone(student.backbone, settings)
+        line += f"; then the backbone from {settings.weights}"
+    if processes.is_main():
+        print(f"student   {line}")
+
+
+if __name__ == "__main__":
+    T.main(run)

@@ -1,0 +1,222 @@
+"""COCO-format annotations -> packed arrays, and every rule for what is wrong in them.
+
+A file that cannot be trusted stops the run with one line (`InputError`); an entry that cannot be used is left out and
+counted, and the summary names every count. Packed arrays instead of a list of dictionaries keep a worker process small:
+nothing in them has a reference count that would copy shared memory.
+"""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is one line that names it and the mend."""
+
+
+@dataclass
+class Annotations:
+    """I images and M boxes. The boxes of image i are rows starts[i] to starts[i+1]."""
+
+    folder: Path
+    classes: tuple  # of {"id", "name"}; a label is an index into it
+    image_ids: np.ndarray  # (I,) int64
+    sizes: np.ndarray  # (I,2) int64: height, width
+    names: np.ndarray  # file names joined, as bytes (B,) uint8
+    name_ends: np.ndarray  # (I,) int64: where each name ends
+    starts: np.ndarray  # (I+1,) int64
+    boxes: np.ndarray  # (M,4) float32: x1, y1, x2, y2 in the file's pixels, as annotated
+    labels: np.ndarray  # (M,) int16
+    areas: np.ndarray  # (M,) float32, as annotated, which decides between small, medium and large
+    crowd: np.ndarray  # (M,) bool
+    skipped: Counter  # reason -> number of entries left out
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def path(self, index):
+        """The file of an image."""
+        start = self.name_ends[index - 1] if index else 0
+        return self.folder / self.names[start : self.name_ends[index]].tobytes().decode()
+
+    def of_image(self, index):
+        """The rows of an image's boxes, as a slice."""
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+    def summary(self):
+        """One line: what is there, and what was left out."""
+        line = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.classes)} classes"
+        left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(self.skipped.items()))
+        return f"{line}; left out: {left_out}" if left_out else line
+
+
+def find(data, split):
+    """The annotation file and image folder of a split ("train" or "val") in a COCO-layout folder."""
+    folder = Path(data) / "annotations"
+    files = sorted(folder.glob(f"instances_{split}*.json"))
+    if len(files) != 1:
+        found = f"{len(files)} files match: keep one of them" if files else "no such file"
+        raise InputError(f"{folder}/instances_{split}*.json: {found} (a COCO-layout folder has exactly one)")
+    images = Path(data) / files[0].stem.removeprefix("instances_")
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder; the images of {files[0].name} belong there")
+    return files[0], images
+
+
+def read(data, split):
+    """Read a split of a COCO-layout folder. Raises InputError; see the module's header."""
+    path, folder = find(data, split)
+    content = _load_json(path)
+    try:
+        return _pack(content, path, folder)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise InputError(f"{path}: {_first_fault(content) or f'not in COCO format ({error!r})'}") from None
+
+
+def _load_json(path):
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        reason = "is empty" if path.stat().st_size == 0 else f"is not valid JSON ({error})"
+        raise InputError(f"{path}: {reason}; restore the file") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not in COCO format (the top level must be an object)")
+    return content
+
+
+def _pack(content, path, folder):
+    images, annotations = content["images"], content["annotations"]
+    classes = _classes(content["categories"], path)
+    image_ids = _column(images, "id")
+    sizes = np.stack([_column(images, "height"), _column(images, "width")], axis=1)
+    _check_images(images, image_ids, sizes, path, folder)
+    names = [image["file_name"].encode() for image in images]
+
+    box = np.fromiter((x for a in annotations for x in a["bbox"]), np.float64)
+    if box.size != 4 * len(annotations):
+        raise ValueError("a bbox does not have four numbers")
+    box = box.reshape(-1, 4)
+    category = _column(annotations, "category_id")
+    image_id = _column(annotations, "image_id")
+    crowd = np.fromiter((bool(a.get("iscrowd", 0)) for a in annotations), bool, len(annotations))
+    area = np.fromiter((a.get("area", -1) for a in annotations), np.float64, len(annotations))
+
+    image, known_image = _positions(image_id, image_ids)
+    label, known_class = _positions(category, np.array([c["id"] for c in classes], np.int64))
+    faults = _box_faults(box, sizes, image, known_image, known_class)
+    skipped = Counter({reason: int(mask.sum()) for reason, mask in faults.items() if mask.any()})
+    good = ~np.logical_or.reduce(list(faults.values())) if len(box) else np.zeros(0, bool)
+
+    order = np.flatnonzero(good)[np.argsort(image[good], kind="stable")]
+    box, area = box[order], area[order]
+    xyxy = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+    return Annotations(
+        folder=folder,
+        classes=classes,
+        image_ids=image_ids,
+        sizes=sizes,
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_ends=np.cumsum([len(n) for n in names], dtype=np.int64),
+        starts=np.searchsorted(image[order], np.arange(len(images) + 1)),
+        boxes=xyxy.astype(np.float32),
+        labels=label[order].astype(np.int16),
+        areas=np.where(np.isfinite(area) & (area >= 0), area, box[:, 2] * box[:, 3]).astype(np.float32),
+        crowd=crowd[order],
+        skipped=skipped,
+    )
+
+
+def _box_faults(box, sizes, image, known_image, known_class):
+    """Reason -> mask (M,) of the annotations it keeps out; each is counted under its first reason only."""
+    x, y, w, h = box.T
+    height, width = sizes[np.where(known_image, image, 0)].T if len(sizes) else (np.zeros(len(box)),) * 2
+    with np.errstate(invalid="ignore", over="ignore"):
+        reasons = {
+            "of unknown images": ~known_image,
+            "of unknown categories": ~known_class,
+            "boxes not finite": ~(np.abs(box) < 1e9).all(1),
+            "boxes without area": (w <= 0) | (h <= 0),
+            "boxes outside their image": (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0),
+        }
+    earlier = np.zeros(len(box), bool)
+    for reason, mask in reasons.items():
+        reasons[reason] = mask & ~earlier
+        earlier |= mask
+    return reasons
+
+
+def _positions(values, table):
+    """For each value its index in `table`, and whether it is there."""
+    order = np.argsort(table, kind="stable")
+    if len(table) == 0:
+        return np.zeros(len(values), np.int64), np.zeros(len(values), bool)
+    at = np.searchsorted(table, values, sorter=order).clip(max=len(table) - 1)
+    return order[at], table[order[at]] == values
+
+
+def _column(entries, key):
+    """One whole number of every entry. Raises TypeError or ValueError where it is something else."""
+    values = np.fromiter((entry[key] for entry in entries), np.float64, len(entries))
+    if not (np.abs(values) < 2**53).all() or (values % 1).any():
+        raise ValueError(f"{key} is not a whole number")
+    return values.astype(np.int64)
+
+
+def _classes(categories, path):
+    classes = tuple({"id": int(c["id"]), "name": str(c["name"])} for c in sorted(categories, key=lambda c: c["id"]))
+    if not classes:
+        raise InputError(f"{path}: has no categories")
+    if len({c["id"] for c in classes}) < len(classes):
+        raise InputError(f"{path}: two categories have the same id; give each its own")
+    return classes
+
+
+def _check_images(images, image_ids, sizes, path, folder):
+    """Stop for images whose entry or file is not there to be used."""
+    if not images:
+        raise InputError(f"{path}: has no images")
+    values, counts = np.unique(image_ids, return_counts=True)
+    if (counts > 1).any():
+        raise InputError(f"{path}: image id {values[counts > 1][0]} stands for two images; give each its own")
+    if (sizes <= 0).any():
+        raise InputError(f"{path}: image id {image_ids[(sizes <= 0).any(1)][0]} has no height or width")
+    names = [image["file_name"] for image in images]
+    present = {entry.name for entry in os.scandir(folder)}
+    missing = []
+    for name in names:
+        if name in present:
+            continue
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path}: file_name {name!r} points outside {folder}; name files inside it")
+        if not (folder / name).is_file():
+            missing.append(name)
+    if missing:
+        raise InputError(
+            f"{folder / missing[0]}: missing ({len(missing)} of {len(names)} images of {path.name} are); "
+            "complete the folder or remove their entries"
+        )
+
+
+def _first_fault(content):
+    """What is wrong with the first entry that does not have COCO's fields, or None. Slow: only after a failure."""
+    fields = {
+        "images": {"id": int, "file_name": str, "height": int, "width": int},
+        "annotations": {"image_id": int, "category_id": int, "bbox": list},
+        "categories": {"id": int, "name": str},
+    }
+    for key, wanted in fields.items():
+        if not isinstance(content.get(key), list):
+            return f"not in COCO format (no list {key!r})"
+        for number, entry in enumerate(content[key]):
+            for field, kind in wanted.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                    return f"{key}[{number}] needs a field {field!r} of type {kind.__name__}"
+            if key == "annotations" and len(entry["bbox"]) != 4:
+                return f"annotations[{number}] needs a bbox of four numbers"
+    return None

@@ -1,0 +1,223 @@
+"""Images and boxes -> batches. Files are read as 8-bit RGB, resized, flipped and padded; a batch travels as uint8.
+
+Sizes follow the field's rule: the short side is brought to a wanted length unless that makes the long side too long.
+Boxes are in pixels of the high-resolution input, always. A low-resolution data set (`low=True`) reads images straight
+at half that size and still gives boxes in high-resolution pixels.
+"""
+
+import random
+import signal
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from .annotations import InputError
+
+
+@dataclass
+class Batch:
+    """N images of one step. Boxes are in high-resolution pixels."""
+
+    images: torch.Tensor  # (N,3,H,W) uint8, padded with zeros to a common size
+    sizes: list  # [(h,w)] of the images within the batch
+    boxes: list  # [(M,4)] float
+    labels: list  # [(M,)] int64
+    indices: list  # which images of the data set these are
+
+    def to(self, device):
+        """The batch on a device; copies from pinned memory do not wait."""
+        move = lambda tensor: tensor.to(device, non_blocking=True)
+        return Batch(move(self.images), self.sizes, [*map(move, self.boxes)], [*map(move, self.labels)], self.indices)
+
+    def pin_memory(self):
+        """Called by the DataLoader."""
+        pinned = lambda tensors: [tensor.pin_memory() for tensor in tensors]
+        return Batch(self.images.pin_memory(), self.sizes, pinned(self.boxes), pinned(self.labels), self.indices)
+
+
+def fitted_size(height, width, short_side, long_side):
+    """The size (height, width) to which an image is resized: whole pixels, rounded down, at least 1."""
+    short, long = sorted((height, width))
+    if long * short_side <= long_side * short:
+        short, long = short_side, long * short_side // short
+    else:
+        short, long = max(1, short * long_side // long), long_side
+    return (short, long) if height <= width else (long, short)
+
+
+def resize(image, size, halve=False):
+    """An image (3,h,w), uint8 or float, brought to `size` (height, width), or with `halve` straight to half of it.
+
+    Halving stands for what a low-resolution branch is trained on: the image at `size`, averaged over 2x2 pixels.
+    Computed in one step it comes closest with a Hamming filter where `size` is at most the image's own, and with the
+    usual bilinear one where the image would have been enlarged first.
+    """
+    enlarged = size[0] > image.shape[1]
+    if halve:
+        size = tuple(-(-side // 2) for side in size)
+    if size == tuple(image.shape[1:]):
+        return image
+    if halve and not enlarged:
+        planes = [Image.fromarray(plane.cpu().numpy()).resize(size[::-1], Image.Resampling.HAMMING) for plane in image]
+        return torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]).to(image.device)
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def pad_to_multiple(images, multiple):
+    """Images [(3,h,w)] -> one tensor (N,3,H,W), zeros to the right and below, sides multiples of `multiple`."""
+    height, width = (-(-max(i.shape[d] for i in images) // multiple) * multiple for d in (1, 2))
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    for row, image in zip(batch, images):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return batch
+
+
+def read_image(path, size=None):
+    """A file of any kind PIL knows -> uint8 (3,h,w) RGB, turned upright as its EXIF says.
+
+    Raises InputError if it cannot be read, or is not of `size` (height, width).
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits: the high byte, where PIL's own conversion would clip
+                image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error}); replace the file or remove its entry") from None
+    if size is not None and pixels.shape[:2] != tuple(size):
+        raise InputError(
+            f"{path}: is {pixels.shape[1]}x{pixels.shape[0]}, but its annotations say {size[1]}x{size[0]}; correct one"
+        )
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class CocoDataset(Dataset):
+    """Annotated images at the network's size: item (index, seed) -> image, boxes, labels, index.
+
+    `short_sides` are the lengths one is drawn from, and `flip` allows mirroring; both draw from the item's own seed, so an
+    item is the same in whichever process or order it is read.
+    """
+
+    def __init__(self, annotations, short_sides, long_side, low=False, flip=False):
+        self.annotations = annotations
+        self.short_sides = short_sides
+        self.long_side = long_side
+        self.low = low
+        self.flip = flip
+
+    def __len__(self):
+        return len(self.annotations)
+
+    def network_size(self, index):
+        """Height and width of the network's input for an image read at the first of the short sides, unpadded."""
+        size = fitted_size(*map(int, self.annotations.sizes[index]), self.short_sides[0], self.long_side)
+        return tuple(-(-side // 2) for side in size) if self.low else size
+
+    def __getitem__(self, item):
+        index, seed = item
+        draw = random.Random(seed)
+        short_side = draw.choice(self.short_sides)
+        mirrored = self.flip and draw.random() < 0.5
+
+        height, width = map(int, self.annotations.sizes[index])
+        image = read_image(self.annotations.path(index), (height, width))
+        size = fitted_size(height, width, short_side, self.long_side)
+        image = resize(image, size, halve=self.low)
+
+        rows = self.annotations.of_image(index)
+        usable = ~self.annotations.crowd[rows]
+        boxes = self.annotations.boxes[rows][usable].clip(0, [width, height, width, height])
+        frame = [side * (2 if self.low else 1) for side in image.shape[1:]]
+        boxes = boxes * np.array([frame[1] / width, frame[0] / height] * 2)
+        if mirrored:
+            image = image.flip(2)
+            boxes[:, [0, 2]] = frame[1] - boxes[:, [2, 0]]
+        labels = self.annotations.labels[rows][usable]
+        return image, torch.from_numpy(boxes).float(), torch.from_numpy(labels).long(), index
+
+
+def collate(multiple):
+    """Items of a data set -> a Batch, its images padded to a multiple of `multiple`."""
+
+    def join(items):
+        images, boxes, labels, indices = map(list, zip(*items))
+        sizes = [tuple(image.shape[1:]) for image in images]
+        return Batch(pad_to_multiple(images, multiple), sizes, boxes, labels, indices)
+
+    return join
+
+
+class TrainBatches:
+    """Endless batches of (index, seed), a pure function of seed and position, so a resumed run meets the same ones.
+
+    Every epoch is shuffled anew; images fill a batch with others of their own orientation, so that less is padded. With
+    several processes each takes its own part of every batch.
+    """
+
+    def __init__(self, annotations, batch, seed, start=0, rank=0, processes=1):
+        boxes = np.add.reduceat(np.append(~annotations.crowd, False), annotations.starts[:-1])
+        boxes = np.where(np.diff(annotations.starts) > 0, boxes, 0)
+        self.trainable = np.flatnonzero(boxes > 0)
+        self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
+        self.batch, self.seed, self.start = batch, seed, start
+        self.mine = slice(rank * batch // processes, (rank + 1) * batch // processes)
+        if len(self.trainable) == 0:
+            raise InputError(f"{annotations.folder}: no image has a box to learn from")
+
+    def __iter__(self):
+        waiting = {True: [], False: []}
+        step = epoch = drawn = 0
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.trainable)
+            for index in order.tolist():
+                group = waiting[bool(self.wide[index])]
+                group.append((index, f"{self.seed}/{drawn}"))
+                drawn += 1
+                if len(group) == self.batch:
+                    if step >= self.start:
+                        yield group[self.mine]
+                    step += 1
+                    group.clear()
+            epoch += 1
+
+
+class EvalBatches:
+    """Batches of (index, seed) that cover a data set once; images share a batch only if they are padded alike."""
+
+    def __init__(self, dataset, batch, multiple, rank=0, processes=1):
+        groups = {}
+        for index in range(len(dataset)):
+            padded = tuple(-(-side // multiple) for side in dataset.network_size(index))
+            groups.setdefault(padded, []).append((index, 0))
+        batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
+        self.batches = batches[rank::processes]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def loader(dataset, batches, multiple, workers, device):
+    """A DataLoader over `batches`; workers stay alive, memory is pinned for CUDA."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate(multiple),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_signals,
+    )
+
+
+def leave_signals(worker):
+    """Ctrl-C reaches a whole process group: the main process alone decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

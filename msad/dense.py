@@ -1,0 +1,36 @@
+"""What every dense head is made of: towers, the prior, one way to lay out predictions, the focal loss."""
+
+import math
+
+import torch
+from torch import nn
+from torchvision.ops import sigmoid_focal_loss
+
+
+def tower(in_channels, channels, convs, norm):
+    """`convs` 3x3 convolutions with ReLU, and GroupNorm(32) between if `norm`: (N,C,h,w) -> (N,channels,h,w)."""
+    layers = []
+    for number in range(convs):
+        conv = nn.Conv2d(channels if number else in_channels, channels, 3, padding=1)
+        nn.init.normal_(conv.weight, std=0.01)
+        nn.init.zeros_(conv.bias)
+        layers += [conv, nn.GroupNorm(32, channels)] if norm else [conv]
+        layers += [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def prior_logit(probability=0.01):
+    """The bias at which every class starts with this probability (RetinaNet's paper)."""
+    return -math.log((1 - probability) / probability)
+
+
+def flatten_cells(x, channels):
+    """A level's map (N,A*channels,h,w) -> (N,h*w*A,channels): row by row, anchors of a cell side by side."""
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1, channels)
+
+
+def focal_loss(logits, labels):
+    """Logits (N,R,K) and labels (N,R), K for background, below 0 for ignored -> the sum over locations and classes."""
+    one_hot = (labels[..., None] == torch.arange(logits.shape[-1], device=labels.device)).to(logits)
+    loss = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2, reduction="none")
+    return (loss * (labels >= 0)[..., None]).sum()

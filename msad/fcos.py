@@ -1,0 +1,127 @@
+"""The FCOS head: four methods on plain tensors, shared by every branch (FCOS, ICCV 2019, with its later improvements).
+
+forward   five maps -> logits, boxes, centerness, levels concatenated here and nowhere else
+assign    boxes -> one target per location, once per batch, whichever branch is trained
+losses    outputs and targets -> named scalars
+decode    outputs -> boxes and scores in H's pixels
+
+Constants are those of the authors' code (AdelaiDet's FCOS with centre sampling, GIoU and centerness on the box tower).
+Shapes: N images, R locations over all levels, K classes, M boxes, C channels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import align, boxes as box_ops
+from .dense import focal_loss, flatten_cells, prior_logit, tower
+from .processes import mean_over_processes
+
+RANGES = (0, 64, 128, 256, 512, math.inf)
+CENTER_RADIUS = 1.5
+SCORE_THRESHOLD = 0.05
+
+
+class FCOSHead(nn.Module):
+    """Two towers shared by all levels. `object_scale` multiplies the regression ranges, which are COCO's at 1."""
+
+    anchors = 1
+    nms_threshold = 0.6
+
+    def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
+        super().__init__()
+        self.classes = classes
+        self.object_scale = object_scale
+        self.cls_tower = tower(in_channels, channels, convs, norm=True)
+        self.box_tower = tower(in_channels, channels, convs, norm=True)
+        self.cls_logits = nn.Conv2d(channels, classes, 3, padding=1)
+        self.box_pred = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1, bias=False)
+        self.scales = nn.Parameter(torch.ones(len(align.STRIDES)))
+        for conv in (self.cls_logits, self.box_pred, self.centerness):
+            nn.init.normal_(conv.weight, std=0.01)
+        nn.init.constant_(self.cls_logits.bias, prior_logit())
+
+    def forward(self, pyramid):
+        """Five (N,C,h,w) -> logits (N,R,K), boxes (N,R,4) as distances in strides, centerness (N,R) logits, sizes."""
+        logits, boxes, centerness = [], [], []
+        for level, x in enumerate(pyramid):
+            cls, box = self.cls_tower(x), self.box_tower(x)
+            logits.append(flatten_cells(self.cls_logits(cls), self.classes))
+            boxes.append(F.relu(flatten_cells(self.box_pred(box), 4).float() * self.scales[level]))
+            centerness.append(flatten_cells(self.centerness(box), 1))
+        return {
+            "logits": torch.cat(logits, 1).float(),
+            "boxes": torch.cat(boxes, 1),
+            "centerness": torch.cat(centerness, 1).float().squeeze(-1),
+            "sizes": [tuple(x.shape[-2:]) for x in pyramid],
+        }
+
+    @torch.no_grad()
+    def assign(self, sizes, boxes, labels):
+        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> labels (N,R), K for background, and boxes (N,R,4) as
+        distances in strides (1 at background, so that every loss there stays finite before it is masked out)."""
+        points, strides = self.locations(sizes, boxes[0].device)
+        pairs = [self._assign_image(points, strides, b, l) for b, l in zip(boxes, labels)]
+        return {"labels": torch.stack([l for l, _ in pairs]), "boxes": torch.stack([b for _, b in pairs])}
+
+    def _assign_image(self, points, strides, boxes, labels):
+        if len(boxes) == 0:
+            return points.new_full((len(points),), self.classes, dtype=torch.long), points.new_ones(len(points), 4)
+        level = strides.log2().long() - 3
+        limits = torch.tensor(RANGES, device=points.device) * self.object_scale
+        limits[0] = -1
+        radius = CENTER_RADIUS * strides[:, None]
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+
+        distances = box_ops.xyxy_to_ltrb(points[:, None], boxes[None])  # (R,M,4)
+        farthest = distances.amax(-1)
+        # Strictly inside the box and strictly inside a square of 1.5 strides around its centre.
+        candidate = (distances.amin(-1) > 0) & ((points[:, None] - centers).abs().amax(-1) < radius)
+        # The level is responsible for this size, both ends included.
+        candidate &= (farthest >= limits[level][:, None]) & (farthest <= limits[level + 1][:, None])
+        # Of several candidates the smallest box.
+        areas = torch.where(candidate, box_ops.area(boxes), math.inf)
+        smallest, index = areas.min(dim=1)
+
+        positive = smallest < math.inf
+        chosen = distances[torch.arange(len(points), device=points.device), index] / strides[:, None]
+        return torch.where(positive, labels[index], self.classes), torch.where(positive[:, None], chosen, 1.0)
+
+    def losses(self, outputs, targets):
+        """-> {"cls", "box", "centerness"}: scalars; the normalisers are means over processes."""
+        labels = targets["labels"]
+        positive = (labels < self.classes).float()
+        count = mean_over_processes(positive.sum()).clamp(min=1)
+        centerness = centerness_target(targets["boxes"]) * positive
+        weight = mean_over_processes(centerness.sum()).clamp(min=1e-6)
+
+        box = box_ops.giou_loss_ltrb(outputs["boxes"], targets["boxes"]) * centerness
+        ctr = F.binary_cross_entropy_with_logits(outputs["centerness"], centerness, reduction="none") * positive
+        return {
+            "cls": focal_loss(outputs["logits"], labels) / count,
+            "box": box.sum() / weight,
+            "centerness": ctr.sum() / count,
+        }
+
+    def decode(self, outputs):
+        """-> boxes (N,R,4) in H's pixels and scores (N,R,K), zero where the class is below the threshold."""
+        points, strides = self.locations(outputs["sizes"], outputs["boxes"].device)
+        boxes = box_ops.ltrb_to_xyxy(points, outputs["boxes"] * strides[:, None])
+        probability = outputs["logits"].sigmoid()
+        scores = (probability * outputs["centerness"].sigmoid()[..., None]).sqrt()
+        return boxes, torch.where(probability > SCORE_THRESHOLD, scores, 0.0)
+
+    def locations(self, sizes, device):
+        """The centre of every cell (R,2) in H's pixels, and its stride (R,)."""
+        corners, strides = align.grid(sizes, device)
+        return corners + (strides // 2)[:, None], strides
+
+
+def centerness_target(distances):
+    """Distances (...,4) -> (...): 1 at a box's centre, 0 at its sides."""
+    horizontal, vertical = distances[..., 0::2], distances[..., 1::2]
+    ratio = horizontal.amin(-1) / horizontal.amax(-1) * (vertical.amin(-1) / vertical.amax(-1))
+    return ratio.sqrt()

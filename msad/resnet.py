@@ -1,0 +1,98 @@
+"""ResNet-18/34/50/101 with a width multiplier: the backbone, four maps out.
+
+Parameter names are torchvision's, so that its ImageNet weights load as they are at width 1. A width w uses the first
+floor(w * C) channels of every layer, which is also how the paper's slimmable backbones are cut.
+"""
+
+from torch import nn
+
+LAYERS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+}
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions: (N,C,h,w) -> (N,channels,h/stride,w/stride)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, channels, stride)
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu(y + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (carries the stride), 1x1: (N,C,h,w) -> (N,4*channels,h/stride,w/stride)."""
+
+    expansion = 4
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.relu(y + self.downsample(x))
+
+
+def shortcut(in_channels, out_channels, stride):
+    """The identity where the shape stays, a 1x1 convolution where it changes."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+class ResNet(nn.Module):
+    """Images (N,3,H,W) -> [C2, C3, C4, C5], strides 4, 8, 16, 32. `channels` holds their channel counts."""
+
+    def __init__(self, name, width=1.0):
+        super().__init__()
+        block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
+        stages = [int(width * c) for c in (64, 128, 256, 512)]
+        self.channels = [c * block.expansion for c in stages]
+        self.conv1 = nn.Conv2d(3, stages[0], 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stages[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        in_channels = stages[0]
+        for number, (channels, blocks) in enumerate(zip(stages, LAYERS[name]), start=1):
+            stride = 1 if number == 1 else 2
+            layer = [block(in_channels, channels, stride)]
+            in_channels = channels * block.expansion
+            layer += [block(in_channels, channels, 1) for _ in range(blocks - 1)]
+            self.add_module(f"layer{number}", nn.Sequential(*layer))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps

@@ -1,0 +1,181 @@
+"""Settings of a run: two recipes, instances of one dataclass, whose fields are the flags of the scripts.
+
+A value is what was typed, else what the script knows better (a student's architecture is its teacher's), else the
+recipe's. A resumed run takes all of them from its checkpoint and refuses to be told otherwise.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from . import checkpoint, processes
+from .annotations import InputError
+from .detector import ModelConfig
+
+MAY_CHANGE = ("data", "device", "out", "workers", "save_every")  # on --resume, without changing the result
+
+
+def option(default, text, choices=None):
+    """A field of a settings dataclass that is also a flag on the command line."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a training run. The defaults are the paper's on COCO; SMALL is for a laptop."""
+
+    # Where things are
+    data: str = option("", "folder in COCO layout (default: drawn shapes in data/shapes)")
+    recipe: str = option("coco", "defaults for all else (default: small without --data, coco with it)", ("small", "coco"))
+    out: str = option("", "folder for checkpoints and log (default: runs/ and what is trained)")
+    # Pictures: sides in pixels of the high-resolution input
+    short_sides: tuple = option(tuple(range(640, 801, 32)), "short sides drawn from in training")
+    test_side: int = option(800, "short side in evaluation")
+    long_side: int = option(1333, "upper bound of the long side")
+    pad: int = option(64, "sides are padded to multiples of this")
+    downsample: str = option("area", "how low resolution is made from high", ("area", "nearest"))
+    # Model
+    head: str = option("fcos", "detection head", ("fcos",))
+    backbone: str = option("resnet50", "backbone", ("resnet18", "resnet34", "resnet50", "resnet101"))
+    width: float = option(1.0, "the backbone's width", (0.25, 0.5, 0.75, 1.0))
+    weights: str = option("imagenet", "where the backbone starts: imagenet or none")
+    fpn_channels: int = option(256, "channels of the pyramid")
+    head_channels: int = option(256, "channels of the head's towers")
+    head_convs: int = option(4, "convolutions in each tower")
+    object_scale: float = option(1.0, "sizes of objects as a multiple of COCO's")
+    # Optimization
+    iters: int = option(90_000, "training iterations")
+    batch: int = option(16, "images per iteration, over all processes")
+    lr: float = option(0.01, "learning rate (default: in proportion to --batch)")
+    optimizer: str = option("sgd", "optimizer", ("sgd", "adamw"))
+    weight_decay: float = option(1e-4, "weight decay, none on normalisation layers")
+    schedule: str = option("step", "learning rate after the warm-up", ("step", "cosine"))
+    warmup: int = option(500, "iterations of linear warm-up from lr/1000")
+    clip: float = option(0.0, "largest norm of the gradient (0: no limit)")
+    kd_ramp: int = option(500, "iterations until the distillation has its full weight")
+    # The run
+    seed: int = option(0, "seed of everything random")
+    device: str = option("", "cuda or cpu (default: CUDA where there is one)")
+    precision: str = option("", "default: bf16 where the device has it", ("fp32", "bf16"))
+    workers: int = option(4, "processes that read images")
+    eval_every: int = option(10_000, "iterations between evaluations")
+    save_every: int = option(500, "iterations between checkpoints")
+    log_every: int = option(20, "iterations between lines of the log")
+
+
+COCO = Recipe()
+SMALL = Recipe(
+    recipe="small", short_sides=(256,), test_side=256, long_side=512,
+    backbone="resnet18", width=0.25, weights="none", fpn_channels=64, head_channels=64, head_convs=2, object_scale=0.25,
+    iters=1500, batch=8, lr=0.003, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup=50, clip=5.0, kd_ramp=50,
+    workers=0, eval_every=750, save_every=250,
+)  # fmt: skip
+RECIPES = {"small": SMALL, "coco": COCO}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+# Where each group of flags begins in --help.
+GROUPS = {
+    "data": "where things are",
+    "short_sides": "pictures (sides in pixels of the high-resolution input)",
+    "head": "model",
+    "iters": "optimization",
+    "seed": "the run",
+}
+
+
+def parse(kind, description):
+    """The command line: a dict of only what was typed, and whether to resume. `kind` is a script's dataclass."""
+    parser = Parser(
+        description=description, usage="%(prog)s [flags]", allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=120),
+    )  # fmt: skip
+    own = {f.name for f in fields(kind)} - {f.name for f in fields(Recipe)}
+    group = parser.add_argument_group("what to train")
+    for f in sorted(fields(kind), key=lambda f: f.name not in own):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        add_flag(group, f)
+    group.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
+    given = vars(parser.parse_args())
+    if "short_sides" in given:
+        given["short_sides"] = tuple(given["short_sides"])
+    return given, given.pop("resume")
+
+
+def add_flag(group, f):
+    """Add the flag of a dataclass's field; what was not typed leaves no trace."""
+    name = "--" + f.name.replace("_", "-")
+    if f.type is bool:
+        group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=f.metadata["help"])
+        return
+    many = f.type is tuple
+    group.add_argument(
+        name, type=int if many else f.type, nargs="+" if many else None, default=argparse.SUPPRESS,
+        choices=f.metadata["choices"], help=f.metadata["help"] + default_text(f),
+        metavar=None if f.metadata["choices"] else "N" if f.type in (int, float, tuple) else "X",
+    )  # fmt: skip
+
+
+def default_text(f):
+    """" [small, coco]" defaults where the recipes differ, " [default]" elsewhere."""
+    shown = [getattr(recipe, f.name, f.default) for recipe in (SMALL, COCO)]
+    if f.name in ("recipe", "weights") or "" in shown:
+        return ""
+    shown = [f"{v[0]}-{v[-1]}" if isinstance(v, tuple) else f"{v:g}" if isinstance(v, float) else str(v) for v in shown]
+    return f" [{shown[0]}]" if shown[0] == shown[1] else f" [small {shown[0]}, coco {shown[1]}]"
+
+
+def settle(kind, given, defaults=None):
+    """The settings of a run: what was typed, else `defaults`, else the recipe."""
+    recipe = RECIPES[given.get("recipe") or ("coco" if given.get("data") else "small")]
+    settings = kind(**asdict(recipe) | (defaults or {}) | given)
+    if "batch" in given and "lr" not in given:
+        settings = replace(settings, lr=recipe.lr * settings.batch / recipe.batch)
+    return settings
+
+
+def resume(kind, given, path):
+    """A checkpoint and the settings it was trained with. What was typed must not contradict them."""
+    content = checkpoint.read(path)
+    stored = (content["training"] or {}).get("settings")
+    if stored is None:
+        raise InputError(f"{path}: holds a model only, nothing to resume a run from")
+    changed = [k for k in given if k not in MAY_CHANGE and given[k] != stored.get(k)]
+    if changed:
+        flags = ", ".join(f"--{k.replace('_', '-')} {given[k]} (was {stored.get(k)})" for k in changed)
+        raise InputError(f"{path}: was trained with other settings: {flags}; leave them out, or start a new --out")
+    return content, kind(**stored | {k: v for k, v in given.items() if k in MAY_CHANGE})
+
+
+def check_settings(settings):
+    """Raise InputError for values that no run can be made of."""
+    for name in ("iters", "batch", "fpn_channels", "head_channels", "eval_every", "save_every", "log_every", "test_side"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if settings.head == "fcos" and settings.head_channels % 32:
+        raise InputError("--head-channels must be a multiple of 32, for GroupNorm")
+    if settings.pad % 64:
+        raise InputError("--pad must be a multiple of 64, or the two pyramids do not align")
+    if settings.batch < processes.count():
+        raise InputError(f"--batch {settings.batch} is smaller than the number of processes, {processes.count()}")
+
+
+ARCHITECTURE = ("head", "backbone", "width", "fpn_channels", "head_channels", "head_convs", "object_scale", "pad", "downsample")
+
+
+def model_config(settings, kind, classes):
+    """The ModelConfig that a run's settings describe."""
+    values = {name: getattr(settings, name) for name in ARCHITECTURE}
+    return ModelConfig(kind, classes, short_side=settings.test_side, long_side=settings.long_side, **values)
+
+
+def architecture(config):
+    """The settings that describe a ModelConfig: `model_config` the other way round."""
+    sides = {"test_side": config.short_side, "long_side": config.long_side}
+    return sides | {name: getattr(config, name) for name in ARCHITECTURE}

@@ -1,0 +1,155 @@
+"""The embedded data set: pictures of shapes in COCO format, drawn once from a seed, the same bytes every time.
+
+It is made to be learnt in minutes and still be a fair test of low-resolution detection: eight classes in pairs that
+share an outline and differ in detail, sizes log-uniform over all five pyramid levels, tilts, gradients, noise, low
+contrast, clutter that is nothing, and shapes that cover each other in part. At 256x256 the level limits are a quarter
+of COCO's (`object_scale` 0.25).
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 256
+SIZES = (28, 200)  # the longer side of a shape's outline before it is tilted, in pixels
+TRAIN, VAL = 1000, 500
+OVERSAMPLING = 3  # shapes are drawn this much larger and averaged down, for smooth edges
+CLASSES = ("disk", "ring", "square", "frame", "triangle", "star", "cross", "arrow")
+
+
+def prepare(folder, seed=0):
+    """Draw the data set into `folder` unless it is there already; whole or not at all. Returns the folder."""
+    folder = Path(folder)
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        (unfinished / "annotations").mkdir()
+        draw_split(unfinished, "train", TRAIN, seed)
+        draw_split(unfinished, "val", VAL, seed)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def draw_split(folder, split, count, seed):
+    """Write `count` pictures and their annotation file."""
+    (folder / split).mkdir()
+    images, annotations = [], []
+    for index in range(count):
+        picture, objects = draw_picture(f"{seed}/{split}/{index}")
+        name = f"{index:06d}.jpg"
+        Image.fromarray(picture).save(folder / split / name, quality=92)
+        images.append({"id": index + 1, "file_name": name, "width": SIDE, "height": SIDE})
+        for label, (x1, y1, x2, y2) in objects:
+            box = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": index + 1, "category_id": label + 1,
+                "bbox": box, "area": round(box[2] * box[3], 2), "iscrowd": 0,
+            })  # fmt: skip
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def draw_picture(seed):
+    """One picture: uint8 (256,256,3), and its objects [(label, (x1,y1,x2,y2))]."""
+    rng = np.random.default_rng(list(seed.encode()))
+    draw = random.Random(seed)
+    canvas = _background(rng)
+    objects = []
+    for _ in range(draw.randint(3, 8)):
+        size = math.exp(draw.uniform(*map(math.log, SIZES)))
+        label = draw.randrange(len(CLASSES))
+        outline, holes = _polygons(CLASSES[label], size, math.radians(draw.uniform(-25, 25)))
+        low, high = outline.min(0), outline.max(0)
+        position = [draw.uniform(2 - a, SIDE - 2 - b) for a, b in zip(low, high)]
+        box = (*(low + position), *(high + position))
+        if any(_covered(box, other) > 0.35 for _, other in objects):
+            continue
+        _paint(canvas, outline + position, [hole + position for hole in holes], rng, draw)
+        objects.append((label, tuple(map(float, box))))
+    canvas += rng.normal(0, draw.uniform(2, 10), canvas.shape)
+    return canvas.clip(0, 255).astype(np.uint8), objects
+
+
+def _covered(a, b):
+    """The part of the smaller of two boxes that lies in the other."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    smaller = min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+    return max(width, 0) * max(height, 0) / smaller
+
+
+def _background(rng):
+    """A gradient between two muted colours with bars and blots on it that are no objects: float (256,256,3)."""
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    angle = rng.uniform(0, 2 * math.pi)
+    slope = (np.cos(angle) * x + np.sin(angle) * y)[..., None]
+    color = rng.uniform(60, 190, 3)
+    canvas = Image.fromarray((color + slope * rng.uniform(-50, 50, 3)).clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(rng.integers(3, 10)):
+        points = rng.uniform(0, SIDE, (2, 2))
+        fill = tuple((color + rng.uniform(-35, 35, 3)).clip(0, 255).astype(int).tolist())
+        if rng.random() < 0.6:
+            pen.line([tuple(p) for p in points.tolist()], fill, width=int(rng.integers(1, 6)))
+        else:
+            radius = rng.uniform(3, 12, 2)
+            pen.ellipse([*(points[0] - radius).tolist(), *(points[0] + radius).tolist()], fill)
+    return np.asarray(canvas).astype(np.float64)
+
+
+def _paint(canvas, outline, holes, rng, draw):
+    """Blend one shape into the canvas, in a colour that stands out from what is there by a random contrast."""
+    mask = Image.new("L", (SIDE * OVERSAMPLING,) * 2)
+    pen = ImageDraw.Draw(mask)
+    pen.polygon([tuple(p) for p in (outline * OVERSAMPLING).tolist()], fill=255)
+    for hole in holes:
+        pen.polygon([tuple(p) for p in (hole * OVERSAMPLING).tolist()], fill=0)
+    alpha = np.asarray(mask.reduce(OVERSAMPLING))[..., None] / 255
+    beneath = canvas[alpha[..., 0] > 0.5].mean(0)
+    direction = rng.normal(size=3)
+    step = direction / np.linalg.norm(direction) * draw.uniform(45, 130)
+    # Towards whichever side has room: clipping at black or white must not swallow the contrast.
+    color = max(((beneath + s).clip(0, 255) for s in (step, -step)), key=lambda c: np.linalg.norm(c - beneath))
+    canvas += alpha * (color - canvas)
+
+
+def _polygons(name, size, tilt):
+    """Outline (P,2) and holes [(Q,2)] of a shape around the origin, in pixels."""
+    circle = _regular(40)
+    square = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.9
+    arm = 0.36
+    star = _regular(10, start=-math.pi / 2) * np.tile([1, 0.45], 5)[:, None]
+    quarter = [(-arm, -1), (arm, -1), (arm, -arm)]
+    turn = np.array([(0, 1), (-1, 0)])
+    cross = np.concatenate([np.array(quarter) @ np.linalg.matrix_power(turn, k) for k in range(4)])
+    outline, holes = {
+        "disk": (circle, []),
+        "ring": (circle, [circle * 0.5]),
+        "square": (square, []),
+        "frame": (square, [square * 0.5]),
+        "triangle": (_regular(3, start=-math.pi / 2), []),
+        "star": (star, []),
+        "cross": (cross, []),
+        "arrow": (np.array([(0, -1), (0.9, 0.1), (0.4, 0.1), (0.4, 1), (-0.4, 1), (-0.4, 0.1), (-0.9, 0.1)]), []),
+    }[name]
+    rotation = np.array([(math.cos(tilt), math.sin(tilt)), (-math.sin(tilt), math.cos(tilt))]) * size / 2
+    return outline @ rotation, [hole @ rotation for hole in holes]
+
+
+def _regular(corners, start=0.0):
+    """The corners of a regular polygon on the unit circle: (corners, 2)."""
+    angle = start + np.arange(corners) * 2 * math.pi / corners
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)

@@ -1,0 +1,254 @@
+"""What both training scripts share: the folder of a run, optimizer, schedule, precision, log, progress.
+
+The loops themselves stand in the scripts. Whatever depends on the iteration takes it as an argument, so a resumed run
+needs no more than the weights, the optimizer's state and a number.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import annotations, checkpoint, processes, shapes
+from .annotations import InputError
+from .settings import check_settings
+
+SHAPES = "data/shapes"
+
+
+def start(settings):
+    """Check the settings, join the other processes, seed everything -> this process's device, settings to the full."""
+    check_settings(settings)
+    device = processes.device_of(settings.device)
+    processes.start(device)
+    torch.manual_seed(settings.seed)
+    return device, replace(settings, precision=precision_of(device, settings.precision))
+
+
+def open_data(data, splits=("train", "val")):
+    """The annotations of splits of a COCO-layout folder, or of the drawn shapes if `data` is empty."""
+    if not data and processes.is_main() and not Path(SHAPES).exists():
+        print(f"drawing the embedded data set into {SHAPES} ...", flush=True)
+        shapes.prepare(SHAPES)
+    processes.barrier()
+    found = [annotations.read(data or SHAPES, split) for split in splits]
+    for split, other in zip(splits[1:], found[1:]):
+        check_classes(f"split {split}", other.classes, f"split {splits[0]}", found[0].classes)
+    return found
+
+
+def check_classes(one, found, other, wanted):
+    """Raise InputError, naming the first difference, unless two lists of classes are the same."""
+    if tuple(found) != tuple(wanted):
+        describe = lambda classes: [f"{c['id']} {c['name']}" for c in classes]
+        extra = [c for c in describe(found) if c not in describe(wanted)]
+        missing = [c for c in describe(wanted) if c not in describe(found)]
+        raise InputError(f"{one} and {other} have different classes: {extra[:5]} only in one, {missing[:5]} only in the other")
+
+
+def open_folder(out, fresh):
+    """Make the folder of a run. A fresh run moves an earlier one's files aside instead of writing over them."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written to ({error.strerror}); choose another --out") from None
+    earlier = [path for path in (out / "last.pt", out / "log.jsonl") if path.exists()]
+    if fresh and earlier and processes.is_main():
+        number = next(n for n in range(1, 10_000) if not any(path.with_stem(f"{path.stem}.{n}").exists() for path in earlier))
+        for path in earlier:
+            os.replace(path, path.with_stem(f"{path.stem}.{number}"))
+        print(f"an earlier run in {out} was kept as last.{number}.pt and log.{number}.jsonl")
+    processes.barrier()
+    return out
+
+
+def introduce(settings, model, train, val, device, out):
+    """The first lines of a run: data, model, schedule, device, folder."""
+    if not processes.is_main():
+        return
+    c = model.config
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"train     {train.summary()}")
+    print(f"val       {val.summary()}")
+    print(f"model     {c.kind}: {c.backbone} x{c.width:g}, FPN {c.fpn_channels}, {c.head} {c.head_convs}x{c.head_channels}, {parameters:.2f} M parameters")
+    print(
+        f"schedule  {settings.iters} iterations of {settings.batch} images, {settings.optimizer}, lr {settings.lr:g}, "
+        f"{settings.schedule} after {settings.warmup} of warm-up, seed {settings.seed}"
+    )
+    print(f"device    {device}, {settings.precision}, {processes.count()} process(es), {torch.get_num_threads()} threads")
+    print(f"folder    {out}", flush=True)
+
+
+def optimizer_for(model, settings):
+    """SGD or AdamW over all trained parameters; normalisation layers have no weight decay."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    plain = [p for m in model.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)]
+    listed = {id(p) for p in plain}
+    decayed = [p for p in model.parameters() if id(p) not in listed]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+
+def lr_at(settings, iteration):
+    """The learning rate of an iteration: linear warm-up, then steps at 2/3 and 8/9 of the run, or a cosine to 0."""
+    warm = min(1.0, 0.001 + 0.999 * iteration / settings.warmup) if settings.warmup else 1.0
+    done = iteration / settings.iters
+    if settings.schedule == "cosine":
+        return settings.lr * warm * (1 + math.cos(math.pi * done)) / 2
+    return settings.lr * warm * 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
+
+
+def step(model, optimizer, loss, losses, settings, iteration):
+    """Backward and one update. A loss or gradient that is not finite stops the run before the weights change."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+    if not (loss.isfinite() and norm.isfinite()):
+        parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+        raise InputError(
+            f"iteration {iteration}: the loss or its gradient is not finite ({parts}, gradient {norm.item():g}); "
+            "the last checkpoint is good: start again with a lower --lr"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(settings, iteration)
+    optimizer.step()
+
+
+def precision_of(device, wanted):
+    """What was wanted, or else bf16 where the device computes in it rather than imitating it."""
+    native = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
+    return wanted or ("bf16" if native() else "fp32")
+
+
+def autocast_for(device, precision):
+    """A function that opens the context in which the network runs at a precision."""
+    if precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def save(out, model, optimizer, settings, done, log, **more):
+    """Write OUT/last.pt after `done` iterations, with everything a resumed run needs."""
+    if processes.is_main():
+        state = {"done": done, "optimizer": optimizer.state_dict(), "log": log.length(), "settings": asdict(settings)}
+        checkpoint.save(out / "last.pt", model, state | more)
+
+
+def continue_from(saved, optimizer, out):
+    """Bring optimizer and log to where a checkpoint left them -> the iterations done, and the log."""
+    if saved is None:
+        return 0, Log(out / "log.jsonl")
+    training = saved["training"]
+    optimizer.load_state_dict(training["optimizer"])
+    return training["done"], Log(out / "log.jsonl", training["log"])
+
+
+def data_flags(settings):
+    """The flags that make another script use the same data."""
+    return f" --data {settings.data} --recipe {settings.recipe}" if settings.data else ""
+
+
+def say_how_to_go_on(script, out, done):
+    if processes.is_main():
+        print(f"\nstopped after {done} iterations; go on with: python {script} --resume --out {out}")
+    return 130
+
+
+class Interrupt:
+    """Turns the first SIGTERM or Ctrl-C into a question the loop asks between two iterations."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """OUT/log.jsonl, written by the main process. It holds nothing that differs between two runs of the same seed."""
+
+    def __init__(self, path, length=0):
+        self.file = None
+        if processes.is_main():
+            self.file = open(path, "r+b" if length else "wb")
+            # What came after the checkpoint will come again.
+            self.file.truncate(length)
+            self.file.seek(length)
+
+    def write(self, **entry):
+        if self.file:
+            self.file.write((json.dumps(entry) + "\n").encode())
+            self.file.flush()
+
+    def losses(self, iteration, loss, losses, settings):
+        """Every `log_every` iterations, so that the device is not asked for a number in between."""
+        if self.file and iteration % settings.log_every == 0:
+            parts = {name: value.item() for name, value in losses.items()}
+            self.write(iteration=iteration, lr=lr_at(settings, iteration), loss=loss.item(), **parts)
+
+    def results(self, done, results):
+        for branch, metrics in results.items():
+            self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
+
+    def length(self):
+        return self.file.tell() if self.file else 0
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, settings, start):
+        self.settings, self.start, self.began = settings, start, time.monotonic()
+        silent = None if processes.is_main() else True
+        self.bar = tqdm(total=settings.iters, initial=start, disable=silent, dynamic_ncols=True)
+
+    def show(self, iteration, loss, losses):
+        """After iteration number `iteration`, with its loss and the parts of it."""
+        self.bar.update(iteration + 1 - self.bar.n)
+        if not processes.is_main() or (iteration + 1) % self.settings.log_every:
+            return
+        seconds = (time.monotonic() - self.began) / (iteration + 1 - self.start)
+        text = " ".join([f"loss {loss.item():.3f}"] + [f"{name} {value.item():.3f}" for name, value in losses.items()])
+        text += f" {self.settings.batch / seconds:.1f} images/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.bar.disable and (iteration + 1) % (5 * self.settings.log_every) == 0:
+            left = tqdm.format_interval(seconds * (self.settings.iters - iteration - 1))
+            print(f"{iteration + 1}/{self.settings.iters} {text}, {left} left", flush=True)
+
+    def close(self):
+        self.bar.close()
+
+
+def main(run):
+    """Call a script's `run`, and turn what the user can mend into one line and exit code 2."""
+    try:
+        code = run()
+    except InputError as error:
+        # A worker process wraps the message in its traceback; the last line is ours.
+        print(f"error: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    processes.stop()
+    sys.exit(code)

@@ -1,0 +1,104 @@
+"""Train a teacher: one network on high and low resolution at once, aligned and fused.
+
+    python train.py                         the multi-scale aligned teacher (--res multi)
+    python train.py --res multi --no-align  the paper's baseline: conventional multi-scale training
+    python train.py --res high | low        one resolution alone
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from msad import checkpoint, evaluation, official, processes, settings as S, training as T
+from msad.data import CocoDataset, TrainBatches, loader
+
+# L_teacher = L_det(H) + L_det(L) + 0.4 L_det(fused); a single resolution counts fully.
+WEIGHT = {"high": 1.0, "low": 1.0, "fused": 0.4}
+
+
+@dataclass(frozen=True)
+class Settings(S.Recipe):
+    res: str = S.option("multi", "resolutions to train on", ("multi", "high", "low"))
+    no_align: bool = S.option(False, "with --res multi: no shift and no fusion, the conventional baseline")
+
+
+def kind_of(res, no_align):
+    if res == "multi":
+        return "conventional" if no_align else "teacher"
+    return res
+
+
+def run():
+    given, go_on = S.parse(Settings, __doc__)
+    kind = kind_of(given.get("res", "multi"), given.get("no_align", False))
+    out = Path(given.get("out") or f"runs/{kind}")
+    saved = None
+    if go_on and (out / "last.pt").exists():
+        saved, settings = S.resume(Settings, given, out / "last.pt")
+        kind = kind_of(settings.res, settings.no_align)
+    else:
+        settings = S.settle(Settings, given)
+    device, settings = T.start(settings)
+    out = T.open_folder(out, fresh=not go_on)
+
+    # Data: two COCO splits, a low-resolution model reads them at low resolution.
+    train, val = T.open_data(settings.data)
+    low = kind == "low"
+    training_set = CocoDataset(train, settings.short_sides, settings.long_side, low, flip=True)
+    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, low)
+
+    # Model
+    if saved:
+        model = checkpoint.restore(saved, out / "last.pt").to(device)
+        T.check_classes("the data", train.classes, "the checkpoint", model.config.classes)
+    else:
+        model = checkpoint.build(S.model_config(settings, kind, train.classes)).to(device)
+        official.load_backbone(model.backbone, settings)
+    network = processes.parallel(model)
+    optimizer = T.optimizer_for(model, settings)
+    start, log = T.continue_from(saved, optimizer, out)
+    autocast = T.autocast_for(device, settings.precision)
+    T.introduce(settings, model, train, val, device, out)
+
+    def evaluate():
+        branches = sorted(model.branches)
+        results = evaluation.evaluate(model, validation_set, branches, settings.batch, settings.workers, autocast)
+        return {branch: metrics for branch, (metrics, _) in results.items()}
+
+    batches = TrainBatches(train, settings.batch, settings.seed, start, processes.rank(), processes.count())
+    batches = iter(loader(training_set, batches, model.multiple, settings.workers, device))
+    progress = T.Progress(settings, start)
+    interrupt = T.Interrupt()
+    model.train()
+
+    for iteration in range(start, settings.iters):
+        batch = next(batches).to(device)
+        with autocast():
+            pyramids, outputs = network(model.normalize(batch.images, batch.sizes))
+        losses = model.losses(outputs, batch.boxes, batch.labels)
+        loss = sum(WEIGHT[name.split("/")[0]] * value for name, value in losses.items())
+        T.step(model, optimizer, loss, losses, settings, iteration)
+
+        progress.show(iteration, loss, losses)
+        log.losses(iteration, loss, losses, settings)
+        done = iteration + 1
+        if done % settings.eval_every == 0 and done < settings.iters:
+            log.results(done, evaluate())
+        if done % settings.save_every == 0 or done == settings.iters or interrupt.asked:
+            T.save(out, model, optimizer, settings, done, log)
+        if interrupt.asked and done < settings.iters:
+            return T.say_how_to_go_on("train.py", out, done)
+    progress.close()
+    interrupt.release()
+
+    results = evaluate()
+    log.results(settings.iters, results)
+    if processes.is_main():
+        last = out / "last.pt"
+        print(evaluation.table({f"{kind} @ {branch}": metrics for branch, metrics in results.items()}))
+        print(f"checkpoint {last}, log {out / 'log.jsonl'}")
+        follow = f"distill.py --teacher {last}" if kind == "teacher" else f"evaluate.py --ckpt {last}"
+        print(f"next: python {follow}{T.data_flags(settings)}")
+
+
+if __name__ == "__main__":
+    T.main(run)
