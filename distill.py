@@ -17,8 +17,9 @@ from msad.data import CocoDataset, TrainBatches, loader
 @dataclass(frozen=True)
 class Settings(S.Recipe):
     teacher: str = S.option("", "the teacher's checkpoint (needed)")
-    kd: float = S.option(0.6, "weight of the distillation loss; 0.6 is the paper's alpha 0.2 times tau 3; 0 turns it off")
-    weights: str = S.option("teacher", "where the student starts: teacher, none, or the backbone from imagenet or FILE")
+    kd: float = S.option(0.6, "weight of the distillation loss: alpha 0.2 times tau 3 in the paper; 0 turns it off")
+    kd_ramp: int = S.option(500, "iterations until the distillation has its full weight")
+    weights: str = S.option("teacher", "where the student starts: teacher, none, or teacher but the backbone from imagenet or a FILE [teacher]")
 
 
 def student_settings(given):

@@ -14,7 +14,7 @@ from msad.data import CocoDataset
 
 
 def parse():
-    parser = S.Parser(description=__doc__, usage="%(prog)s --ckpt FILE [flags]", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = S.Parser(description=__doc__, usage="%(prog)s --ckpt FILE [flags]", allow_abbrev=False, formatter_class=S.Help)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="the checkpoint")
     parser.add_argument("--data", default="", metavar="DIR", help="folder in COCO layout (default: drawn shapes)")
     parser.add_argument("--res", choices=("fused", "high", "low"), help="the branch to evaluate (default: all it has)")

@@ -1,5 +1,21 @@
-"""msad"""
+"""Multi-Scale Aligned Distillation for Low-Resolution Detection (CVPR 2021, arXiv 2109.06875), in plain PyTorch.
 
+    import msad
+    model = msad.load("runs/student/last.pt")
+    for found in model.detect([image]):        # RGB float tensors (3,h,w) in 0-1, of any size
+        found["boxes"], found["scores"], found["labels"]
+
+Reading order: align (idea 1), teacher (idea 2), distillation (idea 3), then what they stand on: detector, fcos, fpn,
+resnet; then train.py and distill.py, top to bottom.
+
+Shapes, everywhere: N images, C channels, R locations (or anchors) over all levels, K classes, M annotated boxes, D
+detections. H and L are the high- and low-resolution input, P2..P7 the levels of the pyramid; boxes are in H's pixels
+until the last step of evaluation puts them into the original image's.
+"""
+
+from .annotations import InputError
 from .checkpoint import load
 from .detector import Detector, ModelConfig
 from .teacher import MultiScale, Teacher
+
+__all__ = ["Detector", "InputError", "ModelConfig", "MultiScale", "Teacher", "load"]

@@ -1,10 +1,14 @@
-"""What every dense head is made of: towers, the prior, one way to lay out predictions, the focal loss."""
+"""What every dense head is made of: towers, the first weights of outputs, one layout of predictions, the focal loss."""
 
 import math
 
 import torch
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
+
+from .processes import mean_over_processes
+
+SCORE_THRESHOLD = 0.05  # of a class's probability, below which a location cannot become a detection
 
 
 def tower(in_channels, channels, convs, norm):
@@ -24,9 +28,24 @@ def prior_logit(probability=0.01):
     return -math.log((1 - probability) / probability)
 
 
+def initialize_outputs(logits, *others):
+    """Where the last convolutions start: weights small, biases at 0, and every class at the prior."""
+    for conv in (logits, *others):
+        nn.init.normal_(conv.weight, std=0.01)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+    nn.init.constant_(logits.bias, prior_logit())
+
+
 def flatten_cells(x, channels):
     """A level's map (N,A*channels,h,w) -> (N,h*w*A,channels): row by row, anchors of a cell side by side."""
     return x.permute(0, 2, 3, 1).reshape(len(x), -1, channels)
+
+
+def positives(labels, classes):
+    """Labels (N,R) -> 1 where there is an object (N,R), and what sums are divided by: their number, but at least 1."""
+    positive = ((labels >= 0) & (labels < classes)).float()
+    return positive, mean_over_processes(positive.sum()).clamp(min=1)
 
 
 def focal_loss(logits, labels):

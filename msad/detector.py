@@ -17,8 +17,9 @@ from .data import fitted_size, pad_to_multiple, resize
 from .fcos import FCOSHead
 from .fpn import FPN
 from .resnet import ResNet
+from .retinanet import RetinaNetHead
 
-HEADS = {"fcos": FCOSHead}
+HEADS = {"fcos": FCOSHead, "retinanet": RetinaNetHead}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CANDIDATES_PER_LEVEL = 1000
 DETECTIONS_PER_IMAGE = 100

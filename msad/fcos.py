@@ -19,9 +19,10 @@ from . import align, boxes as box_ops
 from .dense import focal_loss, flatten_cells, prior_logit, tower
 from .processes import mean_over_processes
 
-RANGES = (0, 64, 128, 256, 512, math.inf)
+RANGES = (-1, 64, 128, 256, 512, math.inf)
 CENTER_RADIUS = 1.5
 SCORE_THRESHOLD = 0.05
+BOXES_AT_ONCE = 256  # in one step of the assignment, to bound its memory
 
 
 class FCOSHead(nn.Module):
@@ -68,27 +69,32 @@ class FCOSHead(nn.Module):
         return {"labels": torch.stack([l for l, _ in pairs]), "boxes": torch.stack([b for _, b in pairs])}
 
     def _assign_image(self, points, strides, boxes, labels):
-        if len(boxes) == 0:
-            return points.new_full((len(points),), self.classes, dtype=torch.long), points.new_ones(len(points), 4)
-        level = strides.log2().long() - 3
-        limits = torch.tensor(RANGES, device=points.device) * self.object_scale
-        limits[0] = -1
-        radius = CENTER_RADIUS * strides[:, None]
-        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-
-        distances = box_ops.xyxy_to_ltrb(points[:, None], boxes[None])  # (R,M,4)
-        farthest = distances.amax(-1)
-        # Strictly inside the box and strictly inside a square of 1.5 strides around its centre.
-        candidate = (distances.amin(-1) > 0) & ((points[:, None] - centers).abs().amax(-1) < radius)
-        # The level is responsible for this size, both ends included.
-        candidate &= (farthest >= limits[level][:, None]) & (farthest <= limits[level + 1][:, None])
-        # Of several candidates the smallest box.
-        areas = torch.where(candidate, box_ops.area(boxes), math.inf)
-        smallest, index = areas.min(dim=1)
-
+        smallest = points.new_full((len(points),), math.inf)
+        index = torch.zeros_like(smallest, dtype=torch.long)
+        for first in range(0, len(boxes), BOXES_AT_ONCE):
+            areas = self._candidate_areas(points, strides, boxes[first : first + BOXES_AT_ONCE])
+            area, at = areas.min(dim=1)
+            index = torch.where(area < smallest, at + first, index)
+            smallest = torch.minimum(area, smallest)
         positive = smallest < math.inf
-        chosen = distances[torch.arange(len(points), device=points.device), index] / strides[:, None]
-        return torch.where(positive, labels[index], self.classes), torch.where(positive[:, None], chosen, 1.0)
+        if len(boxes) == 0:  # any box will do: nothing is positive
+            boxes, labels = points.new_zeros(1, 4), index.new_zeros(1)
+        distances = box_ops.xyxy_to_ltrb(points, boxes[index]) / strides[:, None]
+        return torch.where(positive, labels[index], self.classes), torch.where(positive[:, None], distances, 1.0)
+
+    def _candidate_areas(self, points, strides, boxes):
+        """Points (R,2) and boxes (M,4) -> (R,M): the box's area where it may train the location, else infinity."""
+        distances = box_ops.xyxy_to_ltrb(points[:, None], boxes)
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        # Strictly inside the box and strictly inside a square of 1.5 strides around its centre.
+        offset = (points[:, None] - centers).abs().amax(-1)
+        candidate = (distances.amin(-1) > 0) & (offset < CENTER_RADIUS * strides[:, None])
+        # The level is responsible for this size, both ends included.
+        limits = torch.tensor(RANGES, device=points.device) * self.object_scale
+        level = (strides / align.STRIDES[0]).log2().long()[:, None]
+        farthest = distances.amax(-1)
+        candidate &= (farthest >= limits[level]) & (farthest <= limits[level + 1])
+        return torch.where(candidate, box_ops.area(boxes), math.inf)
 
     def losses(self, outputs, targets):
         """-> {"cls", "box", "centerness"}: scalars; the normalisers are means over processes."""

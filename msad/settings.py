@@ -34,10 +34,10 @@ class Recipe:
     pad: int = option(64, "sides are padded to multiples of this")
     downsample: str = option("area", "how low resolution is made from high", ("area", "nearest"))
     # Model
-    head: str = option("fcos", "detection head", ("fcos",))
+    head: str = option("fcos", "detection head", ("fcos", "retinanet"))
     backbone: str = option("resnet50", "backbone", ("resnet18", "resnet34", "resnet50", "resnet101"))
     width: float = option(1.0, "the backbone's width", (0.25, 0.5, 0.75, 1.0))
-    weights: str = option("imagenet", "where the backbone starts: imagenet or none")
+    weights: str = option("imagenet", "where the backbone starts: imagenet, none, or a FILE of such weights [small none, coco imagenet]")
     fpn_channels: int = option(256, "channels of the pyramid")
     head_channels: int = option(256, "channels of the head's towers")
     head_convs: int = option(4, "convolutions in each tower")
@@ -51,7 +51,6 @@ class Recipe:
     schedule: str = option("step", "learning rate after the warm-up", ("step", "cosine"))
     warmup: int = option(500, "iterations of linear warm-up from lr/1000")
     clip: float = option(0.0, "largest norm of the gradient (0: no limit)")
-    kd_ramp: int = option(500, "iterations until the distillation has its full weight")
     # The run
     seed: int = option(0, "seed of everything random")
     device: str = option("", "cuda or cpu (default: CUDA where there is one)")
@@ -64,12 +63,37 @@ class Recipe:
 
 COCO = Recipe()
 SMALL = Recipe(
-    recipe="small", short_sides=(256,), test_side=256, long_side=512,
-    backbone="resnet18", width=0.25, weights="none", fpn_channels=64, head_channels=64, head_convs=2, object_scale=0.25,
-    iters=1500, batch=8, lr=0.003, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup=50, clip=5.0, kd_ramp=50,
-    workers=0, eval_every=750, save_every=250,
-)  # fmt: skip
+    recipe="small",
+    short_sides=(256,),
+    test_side=256,
+    long_side=512,
+    backbone="resnet18",
+    width=0.25,
+    weights="none",
+    fpn_channels=64,
+    head_channels=64,
+    head_convs=2,
+    object_scale=0.25,
+    iters=1800,
+    batch=8,
+    lr=0.003,
+    optimizer="adamw",
+    weight_decay=0.05,
+    schedule="cosine",
+    warmup=50,
+    clip=5.0,
+    workers=0,
+    eval_every=900,
+    save_every=300,
+)
 RECIPES = {"small": SMALL, "coco": COCO}
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help with one line per flag."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=48, width=140)
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,10 +115,7 @@ GROUPS = {
 
 def parse(kind, description):
     """The command line: a dict of only what was typed, and whether to resume. `kind` is a script's dataclass."""
-    parser = Parser(
-        description=description, usage="%(prog)s [flags]", allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=120),
-    )  # fmt: skip
+    parser = Parser(description=description, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=Help)
     own = {f.name for f in fields(kind)} - {f.name for f in fields(Recipe)}
     group = parser.add_argument_group("what to train")
     for f in sorted(fields(kind), key=lambda f: f.name not in own):
@@ -114,12 +135,14 @@ def add_flag(group, f):
     if f.type is bool:
         group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=f.metadata["help"])
         return
-    many = f.type is tuple
-    group.add_argument(
-        name, type=int if many else f.type, nargs="+" if many else None, default=argparse.SUPPRESS,
-        choices=f.metadata["choices"], help=f.metadata["help"] + default_text(f),
-        metavar=None if f.metadata["choices"] else "N" if f.type in (int, float, tuple) else "X",
-    )  # fmt: skip
+    details = {"type": f.type, "default": argparse.SUPPRESS, "help": f.metadata["help"] + default_text(f)}
+    if f.type is tuple:
+        details |= {"type": int, "nargs": "+"}
+    if f.metadata["choices"]:
+        details["choices"] = f.metadata["choices"]
+    else:
+        details["metavar"] = "X" if f.type is str else "N"
+    group.add_argument(name, **details)
 
 
 def default_text(f):
