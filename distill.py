@@ -26,7 +26,7 @@ def student_settings(given):
     """Settings in which the student is like the teacher, as far as nothing else was asked for; and the teacher."""
     if "teacher" not in given:
         raise InputError("--teacher CKPT is needed: train one with train.py")
-    teacher = checkpoint.load(given["teacher"])
+    teacher = checkpoint.load(given["teacher"], want="teacher")
     if teacher.config.kind != "teacher":
         raise InputError(f"{given['teacher']}: holds a model of kind {teacher.config.kind}, not a teacher with a fused pyramid")
     return S.settle(Settings, given, S.architecture(teacher.config) | {"weights": "teacher"}), teacher
@@ -38,7 +38,7 @@ def run():
     saved = None
     if go_on and (out / "last.pt").exists():
         saved, settings = S.resume(Settings, given, out / "last.pt")
-        teacher = checkpoint.load(settings.teacher)
+        teacher = checkpoint.load(settings.teacher, want="teacher")
     else:
         settings, teacher = student_settings(given)
     if Path(settings.teacher).resolve().parent == out.resolve():

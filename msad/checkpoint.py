@@ -5,11 +5,14 @@
 
 import os
 import pickle
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from . import processes
 from .annotations import InputError
 from .detector import Detector, ModelConfig
 from .teacher import MultiScale, Teacher
@@ -48,16 +51,53 @@ def read_tensors(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused: not a PyTorch file of plain tensors (damaged, or it carries code)") from None
+        raise InputError(f"{path}: refused: not a file of plain tensors (damaged, or it carries code)") from None
     except Exception as error:  # the unpickler answers damaged bytes with almost any exception
         raise InputError(f"{path}: not a PyTorch file, or damaged ({type(error).__name__})") from None
 
 
-def read(path):
-    """A checkpoint's content, with "config" as a ModelConfig. Raises InputError."""
+class Expected(NamedTuple):
+    """A tensor that a file should hold."""
+
+    shape: tuple
+    ours: str  # its name here
+    dropped: str = ""  # why it is not used, or empty
+
+
+def take(state, expected, source):
+    """{our name: tensor} of what is used, and a line that accounts for every tensor of `state`.
+
+    Raises InputError with the first tensor that is missing, unknown or of a wrong shape. Only BatchNorm's counters,
+    which nothing reads, may be missing: PyTorch did not always write them.
+    """
+    faults = [f"{n} is missing" for n in expected if n not in state and not n.endswith(".num_batches_tracked")]
+    faults += [f"{n} is unknown" for n in state if n not in expected]
+    shapes = {n: (shape_of(tensor), expected[n].shape) for n, tensor in state.items() if n in expected}
+    faults += [f"{n} is {shape}, must be {wanted}" for n, (shape, wanted) in shapes.items() if shape != wanted]
+    if faults:
+        more = f" ({len(faults) - 1} more do not fit)" if faults[1:] else ""
+        raise InputError(f"{source}: tensor {faults[0]}{more}")
+    used = {expected[n].ours: tensor for n, tensor in state.items() if not expected[n].dropped}
+    dropped = Counter(expected[n].dropped for n in state if expected[n].dropped)
+    counts = ", ".join(f"{count} ({why})" for why, count in dropped.items()) or "none"
+    return used, f"{source}: {len(used)} tensors used; dropped: {counts}"
+
+
+def shape_of(value):
+    return tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+
+
+def read(path, want=None):
+    """A checkpoint's content, with "config" as a ModelConfig. Raises InputError.
+
+    A file of the authors' gives the same, and "summary", a line that accounts for its tensors; of one of their
+    students, which holds its teacher too, `want="teacher"` gives that.
+    """
     content = read_tensors(path)
     if not isinstance(content, dict) or content.get("msad") != FORMAT:
-        raise InputError(f"{path}: not a checkpoint of this program")
+        from .official import translate  # here, because that file builds on this one
+
+        return translate(content, path, want)
     try:
         return content | {"config": ModelConfig(**content["config"])}
     except (KeyError, TypeError) as error:
@@ -75,6 +115,12 @@ def restore(content, path):
     return model.eval()
 
 
-def load(path, device="cpu"):
-    """The model in a checkpoint, ready to `detect`. Raises InputError."""
-    return restore(read(path), path).to(device)
+def load(path, device="cpu", want=None):
+    """The model in a checkpoint or in a file of the authors', ready to `detect`. `want` is as in `read`.
+
+    Of the authors' files it prints how their tensors were used. Raises InputError.
+    """
+    content = read(path, want)
+    if "summary" in content and processes.is_main():
+        print(f"weights   {content['summary']}", flush=True)
+    return restore(content, path).to(device)

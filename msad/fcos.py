@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import align, boxes as box_ops
-from .dense import focal_loss, flatten_cells, prior_logit, tower
+from .dense import SCORE_THRESHOLD, flatten_cells, focal_loss, initialize_outputs, positives, tower
 from .processes import mean_over_processes
 
 RANGES = (-1, 64, 128, 256, 512, math.inf)
 CENTER_RADIUS = 1.5
-SCORE_THRESHOLD = 0.05
 BOXES_AT_ONCE = 256  # in one step of the assignment, to bound its memory
 
 
@@ -30,20 +29,20 @@ class FCOSHead(nn.Module):
 
     anchors = 1
     nms_threshold = 0.6
+    channel_multiple = 32  # GroupNorm's
 
     def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
         super().__init__()
         self.classes = classes
-        self.object_scale = object_scale
+        # A buffer, to be on the model's device without a copy.
+        self.register_buffer("ranges", object_scale * torch.tensor(RANGES), persistent=False)
         self.cls_tower = tower(in_channels, channels, convs, norm=True)
         self.box_tower = tower(in_channels, channels, convs, norm=True)
         self.cls_logits = nn.Conv2d(channels, classes, 3, padding=1)
         self.box_pred = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1, bias=False)
         self.scales = nn.Parameter(torch.ones(len(align.STRIDES)))
-        for conv in (self.cls_logits, self.box_pred, self.centerness):
-            nn.init.normal_(conv.weight, std=0.01)
-        nn.init.constant_(self.cls_logits.bias, prior_logit())
+        initialize_outputs(self.cls_logits, self.box_pred, self.centerness)
 
     def forward(self, pyramid):
         """Five (N,C,h,w) -> logits (N,R,K), boxes (N,R,4) as distances in strides, centerness (N,R) logits, sizes."""
@@ -90,17 +89,15 @@ class FCOSHead(nn.Module):
         offset = (points[:, None] - centers).abs().amax(-1)
         candidate = (distances.amin(-1) > 0) & (offset < CENTER_RADIUS * strides[:, None])
         # The level is responsible for this size, both ends included.
-        limits = torch.tensor(RANGES, device=points.device) * self.object_scale
         level = (strides / align.STRIDES[0]).log2().long()[:, None]
         farthest = distances.amax(-1)
-        candidate &= (farthest >= limits[level]) & (farthest <= limits[level + 1])
+        candidate &= (farthest >= self.ranges[level]) & (farthest <= self.ranges[level + 1])
         return torch.where(candidate, box_ops.area(boxes), math.inf)
 
     def losses(self, outputs, targets):
         """-> {"cls", "box", "centerness"}: scalars; the normalisers are means over processes."""
         labels = targets["labels"]
-        positive = (labels < self.classes).float()
-        count = mean_over_processes(positive.sum()).clamp(min=1)
+        positive, count = positives(labels, self.classes)
         centerness = centerness_target(targets["boxes"]) * positive
         weight = mean_over_processes(centerness.sum()).clamp(min=1e-6)
 

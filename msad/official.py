@@ -1,27 +1,23 @@
-"""Weights from elsewhere, recognised by their tensors: the authors' detectors and two kinds of ImageNet backbones.
+"""Weights from elsewhere, recognised by their tensors: the authors' detectors, and ImageNet backbones of two kinds.
 
-The authors' files (PyTorch 1.4, detectron2 0.2.1) are {"model": state dict, ...} or the bare state dict:
+The authors' files (detectron2 0.2.1, PyTorch 1.4) are {"model": state dict, ...} or the bare state dict:
 
-    T_backbone.bottom_up.features.0.{0,1}              the teacher's stem: convolution, BatchNorm
-    T_backbone.bottom_up.features.{1-16}               the 3+4+6+3 bottleneck blocks of ResNet-50, in each:
-        .body.{0,3,6} .body.{1,4,7} .shortcut.{0,1}    convolutions, BatchNorms, and both where the shape changes
+    T_backbone.bottom_up.features.0.{0,1}             the teacher's stem: convolution, BatchNorm
+    T_backbone.bottom_up.features.{1-16}              the 3+4+6+3 bottleneck blocks of ResNet-50, in each:
+        .body.{0,3,6} .body.{1,4,7} .shortcut.{0,1}   convolutions, BatchNorms, and both where the shape changes
     T_backbone.fpn_lateral{2-5} .fpn_output{2-5} .top_block.{p6,p7}
-    SE.fc.{0,2}                                        the gate that fuses
+    SE.fc.{0,2}                                       the gate of the fusion
     T_fcos_head.{cls,bbox}_tower .cls_logits .bbox_pred .ctrness .scales.{0-4}.scale
-    S_backbone.* S_fcos_head.*                         in a student's file, beside all of the above
+    S_backbone.* S_fcos_head.*                        in a student's file, beside all of the above
 
-The backbone is slimmable. Convolutions are stored at full width, and width w uses the first int(w * C) output and input
-channels; BatchNorms are stored once for each of the four widths, as bn.{0-3}. The pyramid was made for one width, which
-the input channels of its laterals tell. The slimmable ImageNet file has the same module.features.* and a classifier.
+The backbone is slimmable: convolutions are stored at full width, and a width w uses their first int(w * C) output and
+input channels; BatchNorms are stored once for each of four widths, as bn.{0-3}. The rest was made for one width, which
+the laterals' input channels tell. The slimmable ImageNet file has module.features.* alike, and a classifier.
 
-The authors' networks see BGR from 0 to 255 less the mean, divided by nothing. Ours see RGB normalised by mean and
-std, and the means agree, so the stem's weights take up the difference exactly, zero padding included. Their detectors
-begin with the slimmable ImageNet weights on that input, so these are read alike.
+The authors' networks see BGR from 0 to 255 less the mean, divided by nothing; ours see RGB normalised by mean and std.
+The means agree, so the stem's weights take up the difference exactly, zero padding included. Their detectors start
+from the slimmable ImageNet weights on that same input, so these are read in the same way.
 """
-
-from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torchvision
@@ -29,188 +25,174 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import checkpoint, processes
 from .annotations import InputError
+from .checkpoint import Expected, shape_of, take
 from .detector import STD, ModelConfig
 from .resnet import LAYERS, WIDTHS, ResNet
 from .settings import Parser
 
-COCO = tuple(
-    {"id": number, "name": name}
-    for number, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
-    if name not in ("__background__", "N/A")
-)
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-# Parts of a detector other than its backbone and its scales: our name -> the authors'; # is T or S.
+CATEGORIES = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # at their ids, with words for ids not in use
+COCO = tuple({"id": i, "name": name} for i, name in enumerate(CATEGORIES) if name not in ("__background__", "N/A"))
+
+# Names here and the authors': of the layers in a block, and of a detector's parts, where # is T or S.
+BLOCK = {"conv1": "body.0", "bn1": "body.1", "conv2": "body.3", "bn2": "body.4", "conv3": "body.6", "bn3": "body.7"}
+BLOCK |= {"downsample.0": "shortcut.0", "downsample.1": "shortcut.1"}
 PARTS = {
     "fpn.lateral.": "#_backbone.fpn_lateral",
     "fpn.output.": "#_backbone.fpn_output",
     "fpn.p": "#_backbone.top_block.p",
     "fusion.squeeze.": "SE.fc.0.",
     "fusion.excite.": "SE.fc.2.",
-    "head.cls_tower.": "#_fcos_head.cls_tower.",
-    "head.box_tower.": "#_fcos_head.bbox_tower.",
-    "head.cls_logits.": "#_fcos_head.cls_logits.",
-    "head.box_pred.": "#_fcos_head.bbox_pred.",
+    "head.cls_": "#_fcos_head.cls_",
+    "head.box_": "#_fcos_head.bbox_",
     "head.centerness.": "#_fcos_head.ctrness.",
 }
 
 
-class Expected(NamedTuple):
-    """A tensor a file must hold."""
-
-    shape: tuple
-    ours: str  # the name it has here
-    dropped: str = ""  # why it is not used; empty if it is
-
-
-def slimmable_layers():
-    """Every convolution of a slimmable ResNet-50 with the BatchNorm after it: our two names, the file's two."""
-    yield "conv1", "bn1", "0.0", "0.1"
-    number = 0
-    for stage, blocks in enumerate(LAYERS["resnet50"], start=1):
-        for block in range(blocks):
-            number += 1
-            ours = f"layer{stage}.{block}"
-            for i in range(3):
-                yield f"{ours}.conv{i + 1}", f"{ours}.bn{i + 1}", f"{number}.body.{3 * i}", f"{number}.body.{3 * i + 1}"
-            if block == 0:
-                yield f"{ours}.downsample.0", f"{ours}.downsample.1", f"{number}.shortcut.0", f"{number}.shortcut.1"
-
-
 def expected_backbone(width):
-    """{name: Expected} of a slimmable ResNet-50 that is to be used at `width`."""
+    """{name: Expected} of a slimmable ResNet-50 that is wanted at `width`."""
     with torch.device("meta"):
-        full = {name: tuple(tensor.shape) for name, tensor in ResNet("resnet50").state_dict().items()}
+        full = ResNet("resnet50").state_dict()
+    blocks = [f"layer{stage}.{i}" for stage, count in enumerate(LAYERS["resnet50"], start=1) for i in range(count)]
+    layers = {f"{block}.{ours}": f"{n}.{name}" for n, block in enumerate(blocks, 1) for ours, name in BLOCK.items()}
+    layers |= {"conv1": "0.0", "bn1": "0.1"}
     expected = {}
-    for conv, norm, their_conv, their_norm in slimmable_layers():
-        expected[f"features.{their_conv}.weight"] = Expected(full[f"{conv}.weight"], f"{conv}.weight")
+    for ours, tensor in full.items():
+        layer, name = ours.rsplit(".", 1)
+        if tensor.dim() == 4:
+            expected[f"features.{layers[layer]}.{name}"] = Expected(tuple(tensor.shape), ours)
+            continue
         for index, other in enumerate(WIDTHS):
+            shape = tuple(int(other * channels) for channels in tensor.shape)
             why = "" if other == width else "other widths' BatchNorm"
-            for name in NORM_TENSORS:
-                shape = tuple(int(other * c) for c in full[f"{norm}.{name}"])
-                expected[f"features.{their_norm}.bn.{index}.{name}"] = Expected(shape, f"{norm}.{name}", why)
+            expected[f"features.{layers[layer]}.bn.{index}.{name}"] = Expected(shape, ours, why)
     return expected
 
 
-def expected_half(letter, width):
-    """{name: Expected} of all that a detector of the authors' has; `letter` is T, with the gate, or S, without."""
+def expected_detector(letter, width, unwanted=""):
+    """{name: Expected} of the detector `letter`: T, with the gate, or S. `unwanted` says why none of it is used."""
+    with torch.device("meta"):
+        full = checkpoint.build(config_of("teacher", width)).state_dict()
     backbone = expected_backbone(width).items()
     expected = {f"{letter}_backbone.bottom_up.{name}": e._replace(ours=f"backbone.{e.ours}") for name, e in backbone}
-    with torch.device("meta"):
-        model = checkpoint.build(config_of("teacher", width)).state_dict()
-    for ours, tensor in model.items():
+    for ours, tensor in full.items():
         for part, theirs in PARTS.items():
             if ours.startswith(part) and (letter == "T" or "#" in theirs):
+                why = "P7, which a student never reads" if letter == "S" and ours.startswith("fpn.p7.") else ""
                 name = theirs.replace("#", letter) + ours.removeprefix(part)
-                expected[name] = Expected(tuple(tensor.shape), ours)
-    for level in range(len(model["head.scales"])):
+                expected[name] = Expected(tuple(tensor.shape), ours, why)
+    for level in range(len(full["head.scales"])):
         expected[f"{letter}_fcos_head.scales.{level}.scale"] = Expected((1,), f"head.scales.{level}")
-    return expected
-
-
-def take(state, expected, source):
-    """{our name: tensor} of what is to be used, and a line that accounts for every tensor of the file.
-
-    Raises InputError with the first tensor that is missing, unknown or of a wrong shape. BatchNorm's counters, which
-    nothing here reads, may be missing: PyTorch before 0.4.1 did not write them.
-    """
-    counters = {name for name in expected if name.endswith(".num_batches_tracked")}
-    missing = [name for name in expected if name not in state and name not in counters]
-    unknown = [name for name in state if name not in expected]
-    for what, names in (("is missing", missing), ("is unknown", unknown)):
-        if names:
-            raise InputError(f"{source}: tensor {names[0]} {what}" + f", and {len(names) - 1} more" * (len(names) > 1))
-    for name, tensor in state.items():
-        shape = tuple(tensor.shape) if torch.is_tensor(tensor) else f"a {type(tensor).__name__}"
-        if shape != expected[name].shape:
-            raise InputError(f"{source}: {name} is {shape}, not a tensor of shape {expected[name].shape}")
-    used = {expected[name].ours: tensor for name, tensor in state.items() if not expected[name].dropped}
-    dropped = Counter(expected[name].dropped for name in state if expected[name].dropped)
-    counts = ", ".join(f"{n} ({why})" for why, n in dropped.items()) or "none"
-    return used, f"{source}: {len(used)} tensors used, dropped: {counts}"
-
-
-def cut(tensors, shapes):
-    """Tensors of a slimmable backbone, by our names -> a plain backbone's of these shapes, for our kind of input."""
-    tensors = {name: tensor[tuple(map(slice, shapes[name]))].clone() for name, tensor in tensors.items()}
-    # From BGR to RGB, and from x = 255 * std * ours to ours.
-    scale = 255 * torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)
-    tensors["conv1.weight"] = (tensors["conv1.weight"].flip(1) * scale).float()
-    return tensors
+    return {name: e._replace(dropped=unwanted or e.dropped) for name, e in expected.items()}
 
 
 def config_of(kind, width):
-    """The authors' detectors, with all that makes their numbers."""
+    """The authors' detectors, with all that their numbers depend on."""
     return ModelConfig(kind, COCO, width=width, pad=256, downsample="nearest")
 
 
+def cut(tensors, model, stem):
+    """The used tensors of a slimmable network -> those of `model`, whose first convolution is named `stem`."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor[tuple(map(slice, shapes[name]))].clone() for name, tensor in tensors.items()}
+    scale = 255 * torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)  # their input is this times ours, flipped
+    tensors[stem] = (tensors[stem].flip(1) * scale).float()
+    return tensors
+
+
 def state_of(content, source):
-    """The state dict of a file's content, without the "module." that DataParallel puts before every name."""
+    """The state dict in a file, without the "module." that DataParallel puts before names, and whose it is."""
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise InputError(f"{source}: holds no model")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def is_detector(state):
-    return any(name.startswith(("T_backbone.", "S_backbone.")) for name in state)
-
-
-def is_slimmable(state):
-    return any(name.startswith("features.0.") for name in state)
+        raise InputError(f"{source}: holds no weights")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for origin, start in {"detector": ("T_backbone.", "S_backbone."), "slimmable": "features.0."}.items():
+        if any(name.startswith(start) for name in state):
+            return state, origin
+    return state, "torchvision"
 
 
 def translate(content, source, want=None):
-    """An authors' detector as the content of a checkpoint here, and "summary", a line that accounts for its tensors.
+    """An authors' detector as the content of a checkpoint here, with "summary", a line that accounts for its tensors.
 
     A student's file gives the student, or with `want="teacher"` the teacher in it. Raises InputError.
     """
-    state = state_of(content, source)
-    if is_slimmable(state):
-        raise InputError(f"{source}: holds a backbone only; it is for --weights, with --width")
-    if not is_detector(state):
-        raise InputError(f"{source}: neither a checkpoint of this program nor a detector of the paper's authors")
-    letters = "TS" if any(name.startswith("S_") for name in state) else "T"
-    kind = "teacher" if want == "teacher" or letters == "T" else "low"
-    width = width_of(state, source)
-    config = config_of(kind, width)
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.build(config).state_dict().items()}
-
-    role = "teacher" if kind == "teacher" else "student"
-    expected = expected_detector(letters, kind, width)
+    state, origin = state_of(content, source)
+    if origin != "detector":
+        hint = "; its backbone is for train.py --weights FILE --width W" if origin == "slimmable" else ""
+        raise InputError(f"{source}: neither a checkpoint of this program nor a detector of the paper's authors{hint}")
+    lateral = "T_backbone.fpn_lateral2.weight"
+    shape = shape_of(state.get(lateral))
+    width = next((w for w in WIDTHS if shape == (256, 256 * w, 1, 1)), None)
+    if width is None:
+        raise InputError(f"{source}: tensor {lateral} is {shape}, must be (256, 256 * width, 1, 1)")
+    has_student = any(name.startswith("S_") for name in state)
+    role = "student" if has_student and want != "teacher" else "teacher"
+    expected = expected_detector("T", width, "" if role == "teacher" else "the teacher in the same file")
+    if has_student:
+        expected |= expected_detector("S", width, "" if role == "student" else "the student in the same file")
     used, summary = take(state, expected, f"{source}: the authors' {role}, width {width:g}")
-    used["head.scales"] = torch.cat([used.pop(f"head.scales.{level}") for level in range(shapes["head.scales"][0])])
-    return {"config": config, "model": cut(used, shapes, "backbone."), "training": None, "summary": summary}
+
+    config = config_of("low" if role == "student" else "teacher", width)
+    with torch.device("meta"):
+        model = checkpoint.build(config)
+    used["head.scales"] = torch.cat([used.pop(f"head.scales.{level}") for level in range(len(model.head.scales))])
+    return {"config": config, "model": cut(used, model, "backbone.conv1.weight"), "training": None, "summary": summary}
 
 
 def load_backbone(backbone, settings):
-    """Fill a ResNet from `settings.weights`: "none", "imagenet" (torchvision's, downloaded by it), or a file.
+    """Fill a ResNet from `settings.weights`: "none", "imagenet" (torchvision's, downloaded by it) or a file.
 
-    A file holds torchvision's weights, or the slimmable ones, cut to `settings.width`. Says in a line what was used of
-    it, and returns that line. Raises InputError.
+    A file holds torchvision's ImageNet weights, or slimmable ones, of which `settings.width` is used. Prints and
+    returns a line that accounts for its tensors. Raises InputError.
     """
     if settings.weights == "none":
         return None
     source = f"--weights {settings.weights}"
-    shapes = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
-    state = torchvision_weights(settings) if settings.weights == "imagenet" else state_of(checkpoint.read_tensors(settings.weights), source)
-    if is_detector(state):
-        raise InputError(f"{source}: holds a whole detector; it is for distill.py --teacher and evaluate.py --ckpt")
-    classifier = {
-        name: Expected(tuple(getattr(tensor, "shape", ())), "", "the classifier")
-        for name, tensor in state.items()
-        if name.startswith(("fc.", "classifier."))
-    }
-    for_what = f"{settings.backbone} of width {settings.width:g}"
-    if is_slimmable(state):
-        if settings.backbone != "resnet50":
-            raise InputError(f"{source}: is a slimmable resnet50, not a {settings.backbone}")
-        used, summary = take(state, expected_backbone(settings.width) | classifier, f"{source}: slimmable ImageNet weights for {for_what}")
-        used = cut(used, shapes)
+    if settings.weights == "imagenet":
+        content = download(settings.backbone)
     else:
-        expected = {name: Expected(shape, name) for name, shape in shapes.items()}
-        used, summary = take(state, expected | classifier, f"{source}: torchvision's ImageNet weights for {for_what}")
-    backbone.load_state_dict(used)
+        content = checkpoint.read_tensors(settings.weights)
+    state, origin = state_of(content, source)
+    if origin == "detector":
+        raise InputError(f"{source}: holds a detector; it is for distill.py --teacher and evaluate.py --ckpt")
+    if origin == "slimmable" and settings.backbone != "resnet50":
+        raise InputError(f"{source}: holds a slimmable resnet50, not a {settings.backbone}")
+    expected = {name: Expected(tuple(tensor.shape), name) for name, tensor in backbone.state_dict().items()}
+    if origin == "slimmable":
+        expected = expected_backbone(settings.width)
+    for name in state:
+        if name.startswith(("fc.", "classifier.")):
+            expected[name] = Expected(shape_of(state[name]), "", "the classifier")
+    what = f"{source}: {origin} ImageNet weights for {settings.backbone} of width {settings.width:g}"
+    used, summary = take(state, expected, what)
+    backbone.load_state_dict(cut(used, backbone, "conv1.weight") if origin == "slimmable" else used)
     if processes.is_main():
         print(f"weights   {summary}", flush=True)
     return summary
+
+
+def download(backbone):
+    try:
+        return torchvision.models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
+    except OSError as error:
+        mend = "give a file (--weights FILE) or start from nothing (--weights none)"
+        raise InputError(f"the ImageNet weights of {backbone} cannot be downloaded ({error}); {mend}") from None
+
+
+def convert():
+    """The command line: rewrite an authors' detector as a checkpoint of this program."""
+    parser = Parser(prog="python -m msad.official", description="Convert a detector of the authors' once.")
+    parser.add_argument("source", metavar="IN.pth")
+    parser.add_argument("target", metavar="OUT.pt")
+    args = parser.parse_args()
+    content = checkpoint.read(args.source)
+    if "summary" not in content:
+        raise InputError(f"{args.source}: is a checkpoint of this program already")
+    checkpoint.save(args.target, checkpoint.restore(content, args.source))
+    print(f"{content['summary']}\nwritten to {args.target}")
+
+
+if __name__ == "__main__":
+    from .training import main  # only a program needs it
+
+    main(convert)

@@ -32,6 +32,7 @@ class RetinaNetHead(nn.Module):
 
     anchors = len(SIZES) * len(RATIOS)
     nms_threshold = 0.5
+    channel_multiple = 1
 
     def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
         super().__init__()

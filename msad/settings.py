@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 from . import checkpoint, processes
 from .annotations import InputError
-from .detector import ModelConfig
+from .detector import HEADS, ModelConfig
 
 MAY_CHANGE = ("data", "device", "out", "workers", "save_every")  # on --resume, without changing the result
 
@@ -34,7 +34,7 @@ class Recipe:
     pad: int = option(64, "sides are padded to multiples of this")
     downsample: str = option("area", "how low resolution is made from high", ("area", "nearest"))
     # Model
-    head: str = option("fcos", "detection head", ("fcos", "retinanet"))
+    head: str = option("fcos", "detection head", tuple(HEADS))
     backbone: str = option("resnet50", "backbone", ("resnet18", "resnet34", "resnet50", "resnet101"))
     width: float = option(1.0, "the backbone's width", (0.25, 0.5, 0.75, 1.0))
     weights: str = option("imagenet", "where the backbone starts: imagenet, none, or a FILE of such weights [small none, coco imagenet]")
@@ -73,7 +73,7 @@ SMALL = Recipe(
     fpn_channels=64,
     head_channels=64,
     head_convs=2,
-    object_scale=0.25,
+    object_scale=0.34,
     iters=1800,
     batch=8,
     lr=0.003,
@@ -181,8 +181,9 @@ def check_settings(settings):
     for name in ("iters", "batch", "fpn_channels", "head_channels", "eval_every", "save_every", "log_every", "test_side"):
         if getattr(settings, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    if settings.head == "fcos" and settings.head_channels % 32:
-        raise InputError("--head-channels must be a multiple of 32, for GroupNorm")
+    multiple = HEADS[settings.head].channel_multiple
+    if settings.head_channels % multiple:
+        raise InputError(f"--head-channels must be a multiple of {multiple} for {settings.head}")
     if settings.pad % 64:
         raise InputError("--pad must be a multiple of 64, or the two pyramids do not align")
     if settings.batch < processes.count():

@@ -1,9 +1,9 @@
 """The embedded data set: pictures of shapes in COCO format, drawn once from a seed, the same bytes every time.
 
 It is made to be learnt in minutes and still be a fair test of low-resolution detection: six classes in pairs that share
-an outline and differ in detail, sizes log-uniform over all five pyramid levels, tilts, gradients, noise, low contrast,
-clutter that is nothing, and shapes that cover each other in part. As on COCO, where 480 pixels become 800, a picture is
-smaller than the network's high-resolution input, which is 256x256: low resolution is 0.8 of the picture's own.
+an outline and differ in detail, sizes log-uniform over all five pyramid levels, tilts, gradients, blur, noise, low
+contrast, clutter that is nothing, and shapes that cover each other in part. As on COCO, where 480 pixels become 800, a
+picture is smaller than the network's high-resolution input, here 256x256: low resolution is 0.9 of the picture's own.
 """
 
 import json
@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
-SIDE = 160
-SIZES = (20, 134)  # the longer side of a shape's outline before it is tilted, in pixels
+SIDE = 144
+SIZES = (22, 130)  # the longer side of a shape's outline before it is tilted, in pixels
 TRAIN, VAL = 1000, 500
 OVERSAMPLING = 3  # shapes are drawn this much larger and averaged down, for smooth edges
 CLASSES = ("disk", "ring", "square", "frame", "triangle", "star")
@@ -61,7 +61,7 @@ def draw_split(folder, split, count, seed):
 
 
 def draw_picture(seed):
-    """One picture: uint8 (160,160,3), and its objects [(label, (x1,y1,x2,y2))]."""
+    """One picture: uint8 (144,144,3), and its objects [(label, (x1,y1,x2,y2))]."""
     rng = np.random.default_rng(list(seed.encode()))
     draw = random.Random(seed)
     canvas = _background(rng)
@@ -77,6 +77,7 @@ def draw_picture(seed):
             continue
         _paint(canvas, outline + position, [hole + position for hole in holes], rng, draw)
         objects.append((label, tuple(map(float, box))))
+    canvas = _blurred(canvas, draw.uniform(0, 1.5))  # no lens is perfectly in focus
     canvas += rng.normal(0, draw.uniform(1, 8), canvas.shape)
     return canvas.clip(0, 255).astype(np.uint8), objects
 
@@ -90,7 +91,7 @@ def _covered(a, b):
 
 
 def _background(rng):
-    """A gradient between two muted colours with bars and blots on it that are no objects: float (160,160,3)."""
+    """A gradient between two muted colours with bars and blots on it that are no objects: float (144,144,3)."""
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
     angle = rng.uniform(0, 2 * math.pi)
     slope = (np.cos(angle) * x + np.sin(angle) * y)[..., None]
@@ -122,6 +123,12 @@ def _paint(canvas, outline, holes, rng, draw):
     # Towards whichever side has room: clipping at black or white must not swallow the contrast.
     color = max(((beneath + s).clip(0, 255) for s in (step, -step)), key=lambda c: np.linalg.norm(c - beneath))
     canvas += alpha * (color - canvas)
+
+
+def _blurred(canvas, radius):
+    """The canvas under a Gaussian blur of `radius` pixels."""
+    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))).astype(np.float64)
 
 
 def _polygons(name, size, tilt):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import annotations, checkpoint, processes, shapes
+from . import annotations, checkpoint, cost, processes, shapes
 from .annotations import InputError
 from .settings import check_settings
 
@@ -58,20 +58,32 @@ def check_classes(one, found, other, wanted):
 def open_folder(out, fresh):
     """Make the folder of a run. A fresh run moves an earlier one's files aside instead of writing over them."""
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written to ({error.strerror}); choose another --out") from None
-    earlier = [path for path in (out / "last.pt", out / "log.jsonl") if path.exists()]
-    if fresh and earlier and processes.is_main():
-        number = next(n for n in range(1, 10_000) if not any(path.with_stem(f"{path.stem}.{n}").exists() for path in earlier))
-        for path in earlier:
-            os.replace(path, path.with_stem(f"{path.stem}.{number}"))
-        print(f"an earlier run in {out} was kept as last.{number}.pt and log.{number}.jsonl")
+    if processes.is_main():
+        probe = out / ".writable"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written to ({error.strerror}); choose another --out") from None
+        if fresh:
+            keep_earlier(out)
+        elif not (out / "last.pt").exists():
+            print(f"{out} holds no checkpoint yet: starting from the beginning")
     processes.barrier()
     return out
+
+
+def keep_earlier(out):
+    """Give the files of an earlier run a number of their own."""
+    files = [path for path in (out / "last.pt", out / "log.jsonl") if path.exists()]
+    if files:
+        number = 1
+        while any(path.with_stem(f"{path.stem}.{number}").exists() for path in files):
+            number += 1
+        for path in files:
+            os.replace(path, path.with_stem(f"{path.stem}.{number}"))
+        print(f"the earlier run in {out} was kept: {', '.join(f'{p.stem}.{number}{p.suffix}' for p in files)}")
 
 
 def introduce(settings, model, train, val, device, out):
@@ -79,10 +91,10 @@ def introduce(settings, model, train, val, device, out):
     if not processes.is_main():
         return
     c = model.config
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"train     {train.summary()}")
     print(f"val       {val.summary()}")
-    print(f"model     {c.kind}: {c.backbone} x{c.width:g}, FPN {c.fpn_channels}, {c.head} {c.head_convs}x{c.head_channels}, {parameters:.2f} M parameters")
+    print(f"model     {c.kind}: {c.backbone} x{c.width:g}, FPN {c.fpn_channels}, {c.head} {c.head_convs}x{c.head_channels}")
+    print(f"cost      {cost.describe(model, model.branches[0], c.short_side, c.short_side)}")
     print(
         f"schedule  {settings.iters} iterations of {settings.batch} images, {settings.optimizer}, lr {settings.lr:g}, "
         f"{settings.schedule} after {settings.warmup} of warm-up, seed {settings.seed}"

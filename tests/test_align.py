@@ -1,0 +1,162 @@
+"""The shift by one level: sizes, strides and locations of the two branches."""
+
+import pytest
+import torch
+from helpers import tiny_model
+
+from msad import align
+
+ALL_SIDES = range(64, 1401)
+GOOD_SIDES = range(64, 1401, 64)
+
+
+def after_conv(side, kernel, stride, padding):
+    """The output side of a convolution or pooling layer, from its definition."""
+    return (side + 2 * padding - kernel) // stride + 1
+
+
+def map_sides(side):
+    """The side of C2/P2 .. P7 for an image's side, layer by layer: stem, pooling, three stages, two convolutions."""
+    side = after_conv(after_conv(side, 7, 2, 3), 3, 2, 1)
+    sides = {2: side}
+    for level in range(3, 8):
+        side = after_conv(side, 3, 2, 1)
+        sides[level] = side
+    return sides
+
+
+@pytest.fixture(scope="module")
+def meta_teacher():
+    """Shapes without numbers: the real layers on the meta device."""
+    return tiny_model("teacher").to("meta")
+
+
+def test_high_reads_p3_to_p7_and_low_p2_to_p6():
+    assert tuple(align.levels(align.SHIFTS["high"])) == (3, 4, 5, 6, 7)
+    assert tuple(align.levels(align.SHIFTS["low"])) == (2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("side", ALL_SIDES[::100])
+def test_the_size_formula_is_the_networks(meta_teacher, side):
+    features = meta_teacher.backbone(torch.empty(1, 3, side, side, device="meta"))
+    assert [m.shape[-1] for m in features] == [map_sides(side)[level] for level in (2, 3, 4, 5)]
+    p6 = meta_teacher.fpn.p6(features[-1])
+    assert [p6.shape[-1], meta_teacher.fpn.p7(p6).shape[-1]] == [map_sides(side)[6], map_sides(side)[7]]
+
+
+def test_allowed_sides_give_maps_of_the_same_size():
+    for side in GOOD_SIDES:
+        align.check_sides(side, 64), align.check_sides(64, side)
+        high = [map_sides(side)[level] for level in align.levels(0)]
+        low = [map_sides(side // 2)[level] for level in align.levels(1)]
+        assert high == low
+        # Cells of 8 to 32 pixels fill the image exactly, larger ones cover it.
+        assert [h * s for h, s in zip(high[:3], (8, 16, 32))] == [side] * 3
+        assert [0 <= h * s - side < s for h, s in zip(high[3:], (64, 128))] == [True, True]
+
+
+@pytest.mark.parametrize("side", GOOD_SIDES)
+def test_the_networks_two_pyramids_agree_at_allowed_sides(meta_teacher, side):
+    pyramids = meta_teacher.pyramids(torch.empty(1, 3, side, 1408 - side, device="meta"))
+    shapes = {branch: [tuple(m.shape) for m in maps] for branch, maps in pyramids.items()}
+    rows, columns = map_sides(side), map_sides(1408 - side)
+    expected = [(1, 32, rows[level], columns[level]) for level in (3, 4, 5, 6, 7)]
+    assert shapes["high"] == shapes["low"] == shapes["fused"] == expected
+
+
+def test_every_other_side_is_an_error():
+    others = [side for side in ALL_SIDES if side not in set(GOOD_SIDES)]
+    for side in others:
+        for size in ((side, 128), (128, side)):
+            with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}.*multiples of 64"):
+                align.check_sides(*size)
+            with pytest.raises(ValueError):
+                align.downsample(torch.empty(1, 3, *size, device="meta"))
+    assert len(others) == 1337 - 21
+
+
+def test_the_teacher_refuses_sizes_that_do_not_align():
+    with pytest.raises(ValueError, match="multiples of 64"):
+        tiny_model("teacher").pyramids(torch.zeros(1, 3, 96, 128))
+
+
+def test_the_low_branchs_strides_seen_from_high_pixels_are_the_high_branchs():
+    for level, stride in enumerate(align.STRIDES):
+        high, low = align.levels(0)[level], align.levels(1)[level]
+        assert stride == 2**high == 2 * 2**low
+
+
+@pytest.mark.parametrize("place", [(0.25, 0.25), (0.5, 0.75)])
+def test_a_cell_of_either_branch_looks_at_the_same_place_of_the_image(place):
+    model = tiny_model("teacher")
+    for module in model.modules():  # averages everywhere, so that what a cell looks at has a centre
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.zeros_(module.bias), module.reset_running_stats()
+    image = torch.rand(1, 3, 256, 512, requires_grad=True)
+    pyramids = model.pyramids(image, ("high", "low"))
+    for level, stride in enumerate(align.STRIDES[:3]):
+        y, x = 256 * place[0], 512 * place[1]
+        cell = int(y / stride), int(x / stride)
+        for branch in ("high", "low"):
+            value = pyramids[branch][level][0, :, *cell].sum()
+            (weight,) = torch.autograd.grad(value, image, retain_graph=True)
+            weight = weight.double().sum((0, 1))
+            center = [(weight.sum(1 - d) * torch.arange(weight.shape[d])).sum() / weight.sum() for d in (0, 1)]
+            assert abs(center[0] - y) < 32 and abs(center[1] - x) < 32, (branch, stride, center)
+
+
+def test_grid_equals_a_loop():
+    sizes = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+    expected = []
+    for level, (height, width) in enumerate(sizes):
+        stride = 8 * 2**level
+        for row in range(height):
+            for column in range(width):
+                expected.append((column * stride, row * stride, stride))
+    corners, strides = align.grid(sizes)
+    assert torch.cat([corners, strides[:, None]], 1).tolist() == [list(map(float, cell)) for cell in expected]
+
+
+def test_grid_wants_five_levels():
+    with pytest.raises(ValueError):
+        align.grid([(4, 4)] * 4)
+
+
+@pytest.mark.parametrize("mode", ["area", "nearest"])
+def test_downsample_by_hand(mode):
+    torch.manual_seed(0)
+    high = torch.rand(2, 3, 64, 128, dtype=torch.float64)
+    low = align.downsample(high, mode)
+    assert low.shape == (2, 3, 32, 64)
+    for n, c, y, x in [(0, 0, 0, 0), (1, 2, 31, 63), (0, 1, 7, 40), (1, 0, 20, 3)]:
+        square = [high[n, c, 2 * y + i, 2 * x + j].item() for i in (0, 1) for j in (0, 1)]
+        expected = sum(square) / 4 if mode == "area" else square[0]
+        assert low[n, c, y, x].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_area_is_the_default_and_the_models_setting_decides():
+    high = torch.rand(1, 3, 64, 64)
+    mean = high.view(1, 3, 32, 2, 32, 2).mean((3, 5))
+    torch.testing.assert_close(align.downsample(high), mean)
+    for mode, expected in (("area", mean), ("nearest", high[:, :, 0::2, 0::2])):
+        seen = []
+        model = tiny_model("teacher", downsample=mode)
+        model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model.pyramids(high, ["low"])
+        torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("change", ["height", "channels", "batch", "levels"])
+def test_pyramids_that_differ_in_shape_are_an_error(change):
+    high = [torch.zeros(2, 4, 16 // 2**i, 16 // 2**i) for i in range(5)]
+    align.check_pyramids(high, [m.clone() for m in high])
+    low = {
+        "height": [*high[:2], torch.zeros(2, 4, 3, 4), *high[3:]],
+        "channels": [torch.zeros(2, 5, 16, 16), *high[1:]],
+        "batch": [m[:1] for m in high],
+        "levels": high[:4],
+    }[change]
+    with pytest.raises(ValueError, match="do not align"):
+        align.check_pyramids(high, low)

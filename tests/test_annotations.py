@@ -1,0 +1,250 @@
+"""COCO annotations: packed arrays against a plain reading, and each rule for what is wrong in a file."""
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+from folders import annotation_path, random_content, write
+
+from msad import annotations
+from msad.annotations import InputError
+
+
+def plainly(content):
+    """{image id: [(label, xyxy, area, crowd)]} with dictionaries and loops only."""
+    ids = sorted(c["id"] for c in content["categories"])
+    found = {image["id"]: [] for image in content["images"]}
+    for a in content["annotations"]:
+        x, y, w, h = a["bbox"]
+        found[a["image_id"]].append((ids.index(a["category_id"]), [x, y, x + w, y + h], a["area"], bool(a["iscrowd"])))
+    return found
+
+
+def packed(read):
+    """The same from packed arrays."""
+    columns = [getattr(read, name).tolist() for name in ("labels", "boxes", "areas", "crowd")]
+    return {int(read.image_ids[i]): list(zip(*(c[read.of_image(i)] for c in columns))) for i in range(len(read))}
+
+
+def error_of(data, split="train"):
+    """The InputError that reading gives: one line."""
+    with pytest.raises(InputError) as caught:
+        annotations.read(data, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_arrays_equal_a_plain_reading(tmp_path, seed):
+    content = random_content(seed)
+    write(tmp_path, content)
+    read = annotations.read(tmp_path, "train")
+    assert packed(read) == plainly(content)
+    assert read.classes == tuple({"id": i, "name": f"class {i}"} for i in (3, 17, 90))
+    assert read.sizes.tolist() == [[i["height"], i["width"]] for i in content["images"]]
+    assert [read.path(i) for i in range(len(read))] == [tmp_path / "train" / i["file_name"] for i in content["images"]]
+    assert read.skipped == {} and read.summary() == "6 images, 25 boxes, 3 classes"
+
+
+def test_names_may_be_foreign_or_in_subfolders(tmp_path):
+    content = random_content(0)
+    names = ["été/雪 1.png", "a b.png", "sub/x/ü.png", "Ω.png", "'q\".png", "plain.png"]
+    for image, name in zip(content["images"], names):
+        image["file_name"] = name
+    write(tmp_path, content)
+    read = annotations.read(tmp_path, "train")
+    assert [read.path(i) for i in range(6)] == [tmp_path / "train" / name for name in names]
+    assert all(read.path(i).is_file() for i in range(6))
+
+
+def test_suffix_of_the_file_names_the_folder(tmp_path):
+    write(tmp_path, random_content(0), "val2017")
+    assert annotations.read(tmp_path, "val").folder == tmp_path / "val2017"
+    write(tmp_path, random_content(0), "val2014")
+    assert "instances_val*.json: 2 files" in error_of(tmp_path, "val")
+    assert "instances_train*.json: no such file" in error_of(tmp_path)
+    (tmp_path / "annotations" / "instances_train.json").write_text("{}")
+    assert f"{tmp_path / 'train'}: no such folder" in error_of(tmp_path)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"bbox": [5, 5, 0, 7]}, "boxes without area"),
+        ({"bbox": [5, 5, 7, -3]}, "boxes without area"),
+        ({"bbox": [NAN, 5, 7, 3]}, "boxes not finite"),
+        ({"bbox": [5, 5, INF, 3]}, "boxes not finite"),
+        ({"bbox": [5, -INF, 4, 3]}, "boxes not finite"),
+        ({"bbox": [5, 5, 1e300, 3]}, "boxes not finite"),
+        ({"bbox": [500, 5, 7, 3]}, "boxes outside their image"),
+        ({"bbox": [5, 500, 7, 3]}, "boxes outside their image"),
+        ({"bbox": [-7, 5, 7, 3]}, "boxes outside their image"),
+        ({"bbox": [5, -3, 7, 3]}, "boxes outside their image"),
+        ({"image_id": 12345}, "of unknown images"),
+        ({"category_id": 4}, "of unknown categories"),
+        ({"category_id": 91, "image_id": -1, "bbox": [NAN, 0, 0, 0]}, "of unknown images"),
+    ],
+)
+def test_an_unusable_annotation_is_left_out_and_counted(tmp_path, change, reason):
+    content = random_content(1)
+    rest = copy.deepcopy(content)
+    content["annotations"][4].update(change)
+    del rest["annotations"][4]
+    write(tmp_path, content)
+    read = annotations.read(tmp_path, "train")
+    assert read.skipped == {reason: 1} and read.summary().endswith(f"left out: 1 {reason}")
+    assert packed(read) == plainly(rest)
+
+
+def test_a_box_partly_outside_is_kept_as_annotated(tmp_path):
+    content = random_content(1)
+    content["annotations"][4]["bbox"] = [-3, -2.5, 5000, 6]
+    write(tmp_path, content)
+    read = annotations.read(tmp_path, "train")
+    assert read.skipped == {} and packed(read) == plainly(content)
+
+
+@pytest.mark.parametrize("area", [NAN, -1, INF, None, "absent"])
+def test_an_area_that_is_no_area_is_the_box_s(tmp_path, area):
+    content = random_content(1)
+    chosen = content["annotations"][7]
+    chosen.update(area=area)
+    if area == "absent":
+        del chosen["area"]
+    write(tmp_path, content)
+    chosen["area"] = chosen["bbox"][2] * chosen["bbox"][3]
+    assert packed(annotations.read(tmp_path, "train")) == plainly(content)
+
+
+def set_in(key, index, **values):
+    return lambda content: content[key][index].update(values)
+
+
+BROKEN = {
+    "empty file": (lambda content: b"", "is empty"),
+    "half a file": (lambda content: json.dumps(content).encode()[:-40], "not valid JSON"),
+    "not text": (lambda content: b"\xff\xfe\x00\x01\x80", "not valid JSON"),
+    "endless nesting": (lambda content: b"[" * 200_000, "not valid JSON"),
+    "a list": (lambda content: b"[1, 2]", "top level"),
+    "no images key": (lambda content: content.pop("images"), "no list 'images'"),
+    "no annotations key": (lambda content: content.pop("annotations"), "no list 'annotations'"),
+    "no images": (lambda content: content["images"].clear(), "has no images"),
+    "no categories": (lambda content: content["categories"].clear(), "has no categories"),
+    "id is null": (set_in("images", 0, id=None), "images[0] needs a field 'id'"),
+    "no width": (lambda content: content["images"][3].pop("width"), "images[3] needs a field 'width'"),
+    "zero height": (set_in("images", 2, height=0), "no height or width"),
+    "no bbox": (lambda content: content["annotations"][9].pop("bbox"), "annotations[9] needs a field 'bbox'"),
+    "three numbers": (set_in("annotations", 9, bbox=[1, 2, 3]), "annotations[9] needs a bbox of four"),
+    "text for numbers": (set_in("annotations", 9, bbox=["a", 1, 2, 3]), "not in COCO format"),
+    "half an id": (set_in("annotations", 9, image_id=1.5), "annotations[9] needs a field 'image_id'"),
+    "name is a number": (set_in("images", 1, file_name=7), "images[1] needs a field 'file_name'"),
+    "outside": (set_in("images", 1, file_name="../annotations/instances_train.json"), "points outside"),
+    "absolute": (set_in("images", 1, file_name="/etc/hostname"), "points outside"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_cannot_be_trusted_is_refused_by_name(tmp_path, case):
+    edit, expected = BROKEN[case]
+    content = random_content(2)
+    write(tmp_path, content)
+    result = edit(content)
+    annotation_path(tmp_path).write_bytes(result if isinstance(result, bytes) else json.dumps(content).encode())
+    message = error_of(tmp_path)
+    assert str(annotation_path(tmp_path)) in message and expected in message
+
+
+def test_ids_must_differ(tmp_path):
+    content = random_content(2)
+    content["images"][4]["id"] = content["images"][1]["id"]
+    write(tmp_path, content)
+    assert f"image id {content['images'][1]['id']} stands for two images" in error_of(tmp_path)
+    content = random_content(2)
+    content["categories"][0]["id"] = 3
+    write(tmp_path, content)
+    assert "two categories have the same id" in error_of(tmp_path)
+
+
+def test_boxes_of_three_and_five_numbers_do_not_make_up_for_each_other(tmp_path):
+    content = random_content(2)
+    content["annotations"][3]["bbox"] = [1, 2, 3]
+    content["annotations"][4]["bbox"] = [1, 2, 3, 4, 5]
+    write(tmp_path, content)
+    assert "annotations[3] needs a bbox of four" in error_of(tmp_path)
+
+
+def test_a_missing_image_is_named_and_missing_ones_counted(tmp_path):
+    content = random_content(3)
+    write(tmp_path, content)
+    for image in content["images"][2:4]:
+        (tmp_path / "train" / image["file_name"]).unlink()
+    message = error_of(tmp_path)
+    assert str(tmp_path / "train" / content["images"][2]["file_name"]) in message and "2 of 6 images" in message
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb.png", "a\0b.png", "\ud800.png", "", "."])
+def test_names_no_file_can_have_are_refused_in_one_line(tmp_path, name):
+    content = random_content(3)
+    write(tmp_path, content)
+    content["images"][0]["file_name"] = name
+    annotation_path(tmp_path).write_text(json.dumps(content))
+    assert str(tmp_path) in error_of(tmp_path)
+
+
+STRANGE = (None, "", "x", -1, 0, 0.5, 3, True, NAN, INF, 1e300, 10**400, [], {}, [[1]], {"id": 3}, "é", 2**62)
+
+
+def edited(content, rng):
+    """The content as text, with one to three values replaced, removed or doubled, and now and then a byte changed."""
+    content = copy.deepcopy(content)
+    for _ in range(rng.randint(1, 3)):
+        at = content
+        while True:
+            keys = list(at) if isinstance(at, dict) else range(len(at))
+            if not keys:
+                break
+            key = rng.choice(keys)
+            if isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.85:
+                at = at[key]
+                continue
+            action = rng.random()
+            if action < 0.7:
+                at[key] = copy.deepcopy(rng.choice(STRANGE))
+            elif action < 0.85:
+                del at[key]
+            elif isinstance(at, list):
+                at.append(copy.deepcopy(at[key]))
+            break
+    text = bytearray(json.dumps(content).encode())
+    if rng.random() < 0.2:
+        text[rng.randrange(len(text))] = rng.randrange(256)
+    return bytes(text)
+
+
+def test_random_edits_give_a_sound_result_or_one_clear_line(tmp_path):
+    content, rng = random_content(4), random.Random(0)
+    write(tmp_path, content)
+    sound = 0
+    with np.errstate(all="ignore"):
+        for _ in range(600):
+            text = edited(content, rng)
+            write(tmp_path, text)
+            try:
+                read = annotations.read(tmp_path, "train")
+            except InputError as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error)
+                continue
+            sound += 1
+            assert len(json.loads(text)["annotations"]) == len(read.boxes) + sum(read.skipped.values())
+            assert len(read.boxes) == len(read.labels) == len(read.areas) == len(read.crowd) == read.starts[-1]
+            assert read.starts[0] == 0 and (np.diff(read.starts) >= 0).all() and len(read.starts) == len(read) + 1
+            assert np.isfinite(read.boxes).all() and (read.boxes[:, 2:] >= read.boxes[:, :2]).all()
+            assert ((read.labels >= 0) & (read.labels < len(read.classes))).all() and (read.sizes > 0).all()
+            assert all(read.path(i).exists() for i in range(len(read)))
+    assert 50 < sound < 550, "the edits should neither all pass nor all fail"

@@ -1,0 +1,148 @@
+"""ResNet against torchvision's, FPN against a direct computation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from helpers import randomize
+
+from msad.fpn import FPN
+from msad.resnet import LAYERS, WIDTHS, ResNet
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+def torchvision_maps(model, images):
+    """C2..C5 as torchvision's own layers compute them."""
+    x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
+    maps = []
+    for stage in STAGES:
+        x = getattr(model, stage)(x)
+        maps.append(x)
+    return maps
+
+
+def without_classifier(state):
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_features_equal_torchvisions_with_the_same_weights(name, training):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name, weights=None)
+    randomize(theirs)
+    ours = ResNet(name)
+    ours.load_state_dict(without_classifier(theirs.state_dict()))
+    images = torch.randn(2, 3, 64, 96)
+    ours.train(training), theirs.train(training)
+    with torch.no_grad():
+        found, expected = ours(images), torchvision_maps(theirs, images)
+    assert [m.shape[1] for m in expected] == ours.channels
+    for ours_map, their_map in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_map, their_map, rtol=1e-4, atol=1e-4)
+    after = without_classifier(theirs.state_dict())
+    for key, value in ours.state_dict().items():  # the running statistics moved alike, or not at all
+        torch.testing.assert_close(value, after[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tensor_names_and_shapes_equal_torchvisions(name):
+    with torch.device("meta"):
+        ours, theirs = ResNet(name), torchvision.models.get_model(name, weights=None)
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    expected = {key: value.shape for key, value in without_classifier(theirs.state_dict()).items()}
+    assert shapes == expected
+    assert dict(ours.named_parameters()).keys() == without_classifier(dict(theirs.named_parameters())).keys()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_width_takes_that_share_of_every_layers_channels(name, width):
+    with torch.device("meta"):
+        narrow, full = ResNet(name, width), torchvision.models.get_model(name, weights=None)
+        maps = narrow(torch.empty(1, 3, 64, 64))
+    expected = {
+        0.25: [16, 32, 64, 128], 0.5: [32, 64, 128, 256], 0.75: [48, 96, 192, 384], 1.0: [64, 128, 256, 512],
+    }[width]  # fmt: skip
+    if name == "resnet50":
+        expected = [4 * channels for channels in expected]
+    assert narrow.channels == [m.shape[1] for m in maps] == expected
+    theirs = dict(full.named_parameters())
+    for key, parameter in narrow.named_parameters():
+        # Kernels and the picture's three colours are not channels.
+        share = [side if i > 1 or side == 3 else int(width * side) for i, side in enumerate(theirs[key].shape)]
+        assert list(parameter.shape) == share, key
+
+
+def test_gradients_reach_every_parameter():
+    model = ResNet("resnet50", 0.25)
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def backbone_maps(height, width, channels=(4, 8, 12, 16)):
+    """Random C2..C5 of an image, sides rounded up."""
+    return [torch.randn(2, c, -(-height // s), -(-width // s)) for c, s in zip(channels, (4, 8, 16, 32))]
+
+
+def direct_pyramid(weights, features, wanted):
+    """Every level 2..7 from the definition, with plain functions and repetition by indexing."""
+    conv = lambda name, x, **more: F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **more)
+    pyramid, merged = {}, None
+    for level in (5, 4, 3, 2):
+        if level < min(wanted):
+            continue
+        lateral = conv(f"lateral.{level}", features[level - 2])
+        if merged is not None:
+            rows, columns = (torch.arange(side) // 2 for side in lateral.shape[-2:])
+            lateral = lateral + merged[:, :, rows][..., columns]
+        merged = lateral
+        pyramid[level] = conv(f"output.{level}", merged, padding=1)
+    pyramid[6] = conv("p6", features[-1], stride=2, padding=1)
+    if 7 in wanted:
+        pyramid[7] = conv("p7", pyramid[6].clamp(min=0), stride=2, padding=1)
+    return [pyramid[level] for level in wanted]
+
+
+@pytest.mark.parametrize("size", [(128, 192), (64, 64), (72, 104)])
+@pytest.mark.parametrize("wanted", [(3, 4, 5, 6, 7), (2, 3, 4, 5, 6)], ids=["P3-P7", "P2-P6"])
+@pytest.mark.parametrize("built", ["own levels", "all levels"])
+def test_pyramid_equals_the_direct_computation(size, wanted, built):
+    torch.manual_seed(1)
+    fpn = FPN((4, 8, 12, 16), 8, range(2, 8) if built == "all levels" else wanted)
+    randomize(fpn)
+    features = backbone_maps(*size)
+    with torch.no_grad():
+        found = fpn(features, wanted)
+        expected = direct_pyramid(dict(fpn.named_parameters()), features, wanted)
+    assert [tuple(m.shape[-2:]) for m in found] == [(-(-size[0] // 2**l), -(-size[1] // 2**l)) for l in wanted]
+    for ours, direct in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, direct, rtol=1e-5, atol=1e-5)
+
+
+def test_doubling_in_the_pyramid_is_interpolates_nearest():
+    fpn = FPN((4, 4, 4, 4), 4, range(2, 8))
+    features = [torch.zeros(1, 4, 64 // s, 64 // s) for s in (4, 8, 16)] + [torch.randn(1, 4, 2, 2)]
+    for level in "2345":
+        torch.nn.init.dirac_(fpn.lateral[level].weight), torch.nn.init.dirac_(fpn.output[level].weight)
+    expected = F.interpolate(features[-1], scale_factor=8, mode="nearest")
+    torch.testing.assert_close(fpn(features, (2, 3, 4, 5, 6))[0], expected)
+
+
+@pytest.mark.parametrize(
+    "wanted, unread",
+    [((3, 4, 5, 6, 7), {"lateral.2", "output.2"}), ((2, 3, 4, 5, 6), {"p7"})],
+    ids=["P3-P7", "P2-P6"],
+)
+def test_levels_nobody_reads_are_neither_built_nor_computed(wanted, unread):
+    whole = FPN((4, 8, 12, 16), 8, range(2, 8))
+    convs = {name: module for name, module in whole.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    calls = []
+    for name, module in convs.items():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    sum(m.sum() for m in whole(backbone_maps(64, 64), wanted)).backward()
+    assert sorted(calls) == sorted(convs.keys() - unread)
+    assert {name for name, module in convs.items() if module.weight.grad is None} == unread
+    own = FPN((4, 8, 12, 16), 8, wanted)
+    assert {name.rsplit(".", 1)[0] for name, _ in own.named_parameters()} == convs.keys() - unread

@@ -1,0 +1,149 @@
+"""The student: its loss and ramp by hand, a teacher that stays as it is, and a start from what fits."""
+
+import pytest
+import torch
+from helpers import tiny_model
+
+from msad import align
+from msad.distillation import freeze, pyramid_l1, ramp, start_from
+
+SIZES = [(8, 6), (4, 3), (2, 2), (1, 1), (1, 1)]
+
+
+def random_pyramids():
+    torch.manual_seed(0)
+    return [[torch.randn(2, 4, h, w) * (level + 1) for level, (h, w) in enumerate(SIZES)] for _ in range(2)]
+
+
+def test_distance_of_pyramids_by_hand():
+    student = [torch.tensor([[[[1.0, 2], [3, 4]]]]), torch.tensor([[[[5.0]]]])]
+    fused = [torch.tensor([[[[0.0, 4], [3, 1]]]]), torch.tensor([[[[-1.0]]]])]
+    assert pyramid_l1(student, fused).item() == (1 + 2 + 0 + 3) / 4 + 6
+
+
+def test_distance_equals_a_loop_over_levels_and_elements():
+    student, fused = random_pyramids()
+    expected = 0
+    for s, f in zip(student, fused):
+        pairs = list(zip(s.flatten().tolist(), f.flatten().tolist()))
+        expected += sum(abs(a - b) for a, b in pairs) / len(pairs)
+    assert pyramid_l1(student, fused).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha, tau", [(0.2, 3), (0.7, 10)])
+def test_temperature_is_only_a_factor(alpha, tau):
+    student, fused = random_pyramids()
+    papers = alpha * tau**2 * sum((s / tau - f / tau).abs().mean() for s, f in zip(student, fused))
+    assert (alpha * tau * pyramid_l1(student, fused)).item() == pytest.approx(papers.item(), rel=1e-5)
+
+
+def test_the_distance_of_low_precision_maps_is_computed_in_full():
+    student, fused = ([m.bfloat16() for m in maps] for maps in random_pyramids())
+    expected = sum((s.double() - f.double()).abs().mean() for s, f in zip(student, fused))
+    assert pyramid_l1(student, fused).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_gradient_goes_to_the_student():
+    student, fused = random_pyramids()
+    student = [m.requires_grad_() for m in student]
+    pyramid_l1(student, fused).backward()
+    for s, f in zip(student, fused):
+        torch.testing.assert_close(s.grad, (s - f).detach().sign() / s.numel())
+
+
+def test_pyramids_must_have_the_same_levels():
+    student, fused = random_pyramids()
+    with pytest.raises(ValueError):
+        pyramid_l1(student, fused[:4])
+
+
+def test_ramp_by_hand():
+    assert [ramp(t) for t in (0, 1, 125, 250, 499, 500, 501, 90_000)] == [0, 0.002, 0.25, 0.5, 0.998, 1, 1, 1]
+    assert [ramp(t, 50) for t in (0, 10, 50, 60)] == [0, 0.2, 1, 1]
+    assert ramp(0, 0) == 1
+
+
+def training_step(student, teacher):
+    """One step as the script makes it, of the detection loss and the distillation."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    high = torch.randn(2, 3, 128, 128)
+    pyramids, outputs = student(align.downsample(high))
+    boxes, labels = [torch.tensor([[10.0, 10, 60, 50]])] * 2, [torch.tensor([1])] * 2
+    fused = teacher.pyramids(high, ["fused"])["fused"]
+    assert not any(m.requires_grad for m in fused)
+    loss = sum(student.losses(outputs, boxes, labels).values()) + 0.6 * pyramid_l1(pyramids["low"], fused)
+    loss.backward()
+    optimizer.step()
+
+
+def test_a_frozen_teacher_is_the_same_to_the_bit_after_a_training_step():
+    teacher = freeze(tiny_model("teacher").train())
+    student = tiny_model("low", seed=1)
+    start_from(student, teacher)
+    student.train()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    students = {key: value.clone() for key, value in student.state_dict().items()}
+    training_step(student, teacher)
+    after = teacher.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not any(module.training for module in teacher.modules())
+    moved = {key for key, value in student.state_dict().items() if not torch.equal(value, students[key])}
+    assert {"backbone.conv1.weight", "backbone.bn1.running_mean", "fpn.lateral.2.weight"} < moved
+
+
+STARTS = {
+    "alike": {},
+    "other width": {"width": 0.5},
+    "other depth": {"backbone": "resnet34"},
+    "other blocks": {"backbone": "resnet50"},
+    "other head": {"head_convs": 2, "head_channels": 32},
+}
+
+
+def counts(names):
+    """Tensors by part of the model, as the line says them."""
+    parts = sorted({name.split(".")[0] for name in names})
+    return ", ".join(f"{part} {sum(name.startswith(part + '.') for name in names)}" for part in parts) or "nothing"
+
+
+@pytest.mark.parametrize("changes", STARTS.values(), ids=STARTS)
+def test_the_student_starts_from_all_that_fits_and_says_so(changes):
+    teacher, student = tiny_model("teacher"), tiny_model("low", seed=1, **changes)
+    own = {key: value.clone() for key, value in student.state_dict().items()}
+    given = {key: value.clone() for key, value in teacher.state_dict().items()}
+    line = start_from(student, teacher)
+    taken = [key for key in given if key in own and own[key].shape == given[key].shape]
+    for key, value in student.state_dict().items():
+        assert torch.equal(value, given[key] if key in taken else own[key]), key
+    assert line == (
+        f"from the teacher {counts(taken)}; left behind {counts([key for key in given if key not in taken])}; "
+        f"new {counts([key for key in own if key not in taken])}"
+    )
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    assert all(torch.equal(teacher.state_dict()[key], value) for key, value in given.items())
+
+
+def test_a_student_like_its_teacher_takes_everything_it_has():
+    teacher, student = tiny_model("teacher"), tiny_model("low", seed=1)
+    line = start_from(student, teacher)
+    assert line.endswith("; left behind fpn 2, fusion 2; new nothing")  # P7's convolution, and the gate
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = teacher.eval().pyramid(images, align.SHIFTS["low"])
+        for found, wanted in zip(student(images)[0]["low"], expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_a_deeper_student_takes_the_blocks_it_shares():
+    teacher, student = tiny_model("teacher"), tiny_model("low", seed=1, backbone="resnet34")
+    start_from(student, teacher)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    assert torch.equal(ours["backbone.layer1.1.conv2.weight"], theirs["backbone.layer1.1.conv2.weight"])
+    assert "backbone.layer1.2.conv2.weight" in ours and "backbone.layer1.2.conv2.weight" not in theirs
+    wider = tiny_model("low", seed=1, width=0.5)
+    start_from(wider, teacher)
+    assert not torch.equal(wider.state_dict()["backbone.conv1.weight"][:16], theirs["backbone.conv1.weight"])
+    assert torch.equal(wider.state_dict()["head.cls_logits.weight"], theirs["head.cls_logits.weight"])

@@ -1,0 +1,184 @@
+"""FCOS: assignment against a loop over locations and boxes, the head and its decoding by hand."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import randomize
+
+from msad.fcos import FCOSHead
+
+CLASSES = 3
+SIZES = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]  # of a 128x192 image
+LEVEL_STRIDES = (8, 16, 32, 64, 128)
+LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
+
+
+def new_head(convs=1, **more):
+    torch.manual_seed(0)
+    return FCOSHead(32, CLASSES, 32, convs, **more)
+
+
+def cells(sizes):
+    """Level, stride and centre of every location, in order."""
+    for level, ((height, width), stride) in enumerate(zip(sizes, LEVEL_STRIDES)):
+        for row in range(height):
+            for column in range(width):
+                yield level, stride, column * stride + stride // 2, row * stride + stride // 2
+
+
+def may_train(level, stride, x, y, box, object_scale):
+    """Whether a box is a candidate at a location, straight from the rules."""
+    x1, y1, x2, y2 = box
+    cx, cy, radius = (x1 + x2) / 2, (y1 + y2) / 2, 1.5 * stride
+    inside = max(x1, cx - radius) < x < min(x2, cx + radius) and max(y1, cy - radius) < y < min(y2, cy + radius)
+    smallest, largest = LEVEL_RANGES[level]
+    return inside and smallest * object_scale <= max(x - x1, y - y1, x2 - x, y2 - y) <= largest * object_scale
+
+
+def check_assignment(head, sizes, boxes, labels):
+    """Compare the assignment of one image with a loop; returns the number of positives on each level."""
+    found = head.assign(sizes, [torch.tensor(boxes).reshape(-1, 4)], [torch.tensor(labels, dtype=torch.long)])
+    found_labels, found_boxes = found["labels"][0].tolist(), found["boxes"][0].tolist()
+    positives = [0] * 5
+    for r, (level, stride, x, y) in enumerate(cells(sizes)):
+        candidates = [b for b in zip(boxes, labels) if may_train(level, stride, x, y, b[0], head.object_scale)]
+        if not candidates:
+            assert found_labels[r] == CLASSES and found_boxes[r] == [1] * 4, (r, boxes)
+            continue
+        areas = [(b[2] - b[0]) * (b[3] - b[1]) for b, _ in candidates]
+        # Among boxes of exactly the same area any will do.
+        allowed = [
+            (label, [(x - b[0]) / stride, (y - b[1]) / stride, (b[2] - x) / stride, (b[3] - y) / stride])
+            for (b, label), area in zip(candidates, areas)
+            if area == min(areas)
+        ]
+        assert (found_labels[r], found_boxes[r]) in allowed, (r, x, y, boxes)
+        positives[level] += 1
+    assert len(found_labels) == sum(h * w for h, w in sizes)
+    return positives
+
+
+def random_box(draw):
+    """A tiny, ordinary, huge or bordering box on a grid of a quarter pixel, where all arithmetic is exact."""
+    kind = draw.choice(("tiny", "ordinary", "ordinary", "huge", "border", "centred"))
+    longest = {"tiny": 3, "ordinary": 100, "huge": 2**draw.uniform(7, 11), "border": 60, "centred": 140}[kind]
+    width, height = (draw.randint(1, int(4 * longest)) / 4 for _ in range(2))
+    x, y = draw.randint(-40, 4 * 190) / 4, draw.randint(-40, 4 * 126) / 4
+    if kind == "border":
+        x, y = draw.choice(((0, y), (192 - width, y), (x, 0), (x, 128 - height)))
+    if kind in ("huge", "centred"):  # around a location, so that the distances are often equal to a limit
+        x, y = draw.randrange(4, 192, 8) - width / 2, draw.randrange(4, 128, 8) - height / 2
+    return [x, y, x + width, y + height]
+
+
+@pytest.mark.parametrize("object_scale", [1.0, 0.5, 0.25])
+def test_assignment_equals_a_loop_over_locations_and_boxes(object_scale):
+    draw = random.Random(object_scale)
+    head = new_head(object_scale=object_scale)
+    positives = [0] * 5
+    for _ in range(150):
+        boxes = [random_box(draw) for _ in range(draw.choice((0, 1, 2, 4, 8)))]
+        boxes += [[b[0] - 4, b[1] - 4, b[2] + 4, b[3] + 4] for b in boxes[:2]]  # overlapping
+        labels = [draw.randrange(CLASSES) for _ in boxes]
+        found = check_assignment(head, SIZES, boxes, labels)
+        positives = [a + b for a, b in zip(positives, found)]
+    assert min(positives) >= 20, positives
+
+
+def test_assignment_of_a_crowded_image_equals_the_loop():
+    draw = random.Random(1)
+    boxes = [random_box(draw) for _ in range(600)]
+    check_assignment(new_head(object_scale=0.25), SIZES, boxes, [draw.randrange(CLASSES) for _ in boxes])
+
+
+def test_both_ends_of_a_levels_range_belong_to_it():
+    # Boxes whose sides are 64 pixels away: the end of level 0 and the start of level 1.
+    box = [60 - 64, 60 - 64, 60 + 64, 60 + 64]  # around a centre of level 0, whose neighbours are too far from one side
+    assert check_assignment(new_head(), SIZES, [box], [1])[0] == 1
+    box = [72 - 64, 72 - 64, 72 + 64, 72 + 64]  # around a centre of level 1
+    assert check_assignment(new_head(), SIZES, [box], [1])[1] == 9
+
+
+def test_sides_of_the_central_square_do_not_belong_to_it():
+    # The middle of a 40-pixel box lies 12 = 1.5 strides from the centres at 4 and 28, and 4 from those at 12 and 20.
+    assert check_assignment(new_head(), SIZES, [[-4, -4, 36, 36]], [0])[0] == 4
+
+
+def test_images_of_a_batch_are_assigned_on_their_own():
+    head = new_head(object_scale=0.25)
+    draw = random.Random(2)
+    boxes = [torch.tensor([random_box(draw) for _ in range(n)]).reshape(-1, 4) for n in (3, 0, 5)]
+    labels = [torch.randint(CLASSES, (len(b),)) for b in boxes]
+    together = head.assign(SIZES, boxes, labels)
+    assert together["labels"].shape == (3, 512) and together["boxes"].shape == (3, 512, 4)
+    for i in range(3):
+        alone = head.assign(SIZES, boxes[i : i + 1], labels[i : i + 1])
+        assert all(torch.equal(together[key][i], alone[key][0]) for key in together)
+
+
+def test_first_predictions_are_the_prior():
+    head = new_head(convs=2)
+    assert head.cls_logits.bias.sigmoid().tolist() == pytest.approx([0.01] * CLASSES)
+    assert head.box_pred.bias is None and head.centerness.bias is None
+    assert head.scales.tolist() == [1] * 5 and head.scales.requires_grad
+    convs = [m for m in head.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == 2 * 2 + 3
+    for conv in convs:
+        assert conv.weight.std().item() == pytest.approx(0.01, rel=0.1) and abs(conv.weight.mean()) < 2e-3
+        assert conv.bias is None or conv is head.cls_logits or not conv.bias.any()
+    norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert [norm.num_groups for norm in norms] == [32] * 4
+
+
+@torch.no_grad()
+def test_outputs_equal_the_layers_applied_one_by_one():
+    head = new_head(convs=2)
+    randomize(head)
+    head.scales.copy_(torch.tensor([1.0, 2, 0.5, 3, 0.25]))
+    pyramid = [torch.randn(2, 32, h, w) for h, w in SIZES]
+    outputs = head(pyramid)
+    weights = dict(head.named_parameters())
+    conv = lambda name, x: F.conv2d(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"), padding=1)
+    level_maps = []
+    for x, scale in zip(pyramid, head.scales):
+        towers = {}
+        for name in ("cls_tower", "box_tower"):
+            y = x
+            for i in (0, 3):
+                norm = weights[f"{name}.{i + 1}.weight"], weights[f"{name}.{i + 1}.bias"]
+                y = F.group_norm(conv(f"{name}.{i}", y), 32, *norm).clamp(min=0)
+            towers[name] = y
+        box = (scale * conv("box_pred", towers["box_tower"])).clamp(min=0)
+        level_maps.append((conv("cls_logits", towers["cls_tower"]), box, conv("centerness", towers["box_tower"])))
+    for r, (level, stride, x, y) in enumerate(cells(SIZES)):
+        logits, box, centerness = (m[:, :, y // stride, x // stride] for m in level_maps[level])
+        close = lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        close(outputs["logits"][:, r], logits), close(outputs["boxes"][:, r], box)
+        close(outputs["centerness"][:, r], centerness[:, 0])
+    assert outputs["sizes"] == SIZES
+
+
+def test_decoding_by_hand():
+    sizes = [(1, 2), (1, 1), (1, 1), (1, 1), (1, 1)]
+    logit = lambda p: math.log(p / (1 - p))
+    probability = [[0.9, 0.04], [0.06, 0.05 - 1e-6], [0.049, 0.5], [0.01, 0.01], [0.2, 0.3], [0.051, 0.7]]
+    centerness = [0.25, 0.001, 0.999, 0.9, 0.5, 0.81]
+    distances = [[1, 2, 3, 4], [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5], [1, 1, 1, 1], [2, 0, 0, 2], [0.5, 1, 1.5, 2]]
+    boxes, scores = new_head().decode({
+        "sizes": sizes,
+        "logits": torch.tensor([[[logit(p) for p in row] for row in probability]]),
+        "centerness": torch.tensor([[logit(c) for c in centerness]]),
+        "boxes": torch.tensor([distances]),
+    })  # fmt: skip
+    # Locations (4,4) and (12,4) of stride 8, then (8,8), (16,16), (32,32), (64,64) of 16, 32, 64, 128.
+    assert boxes[0].tolist() == [
+        [4 - 8, 4 - 16, 4 + 24, 4 + 32], [12, 4, 20, 12], [0, 0, 16, 16],
+        [-16, -16, 48, 48], [32 - 128, 32, 32, 32 + 128], [0, -64, 256, 320],
+    ]  # fmt: skip
+    # The threshold looks at the class alone: a cell off centre stays in, a well centred one below 0.05 does not.
+    expected = [[(p * c) ** 0.5 if p > 0.05 else 0 for p in row] for row, c in zip(probability, centerness)]
+    torch.testing.assert_close(scores[0], torch.tensor(expected), rtol=1e-4, atol=1e-7)
+    assert (scores[0] > 0).int().tolist() == [[1, 0], [1, 0], [0, 1], [0, 0], [1, 1], [1, 1]]

@@ -1,0 +1,174 @@
+"""The teacher: the gate, its branches and what is computed for them; and the conventional two-resolution model."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from helpers import tiny_config, tiny_model
+
+from msad.checkpoint import build
+from msad.teacher import CrossingFusion
+
+SIZES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+BOXES = [torch.tensor([[10.0, 20, 60, 90], [30, 30, 45, 50]]), torch.zeros(0, 4)]
+LABELS = [torch.tensor([1, 2]), torch.zeros(0, dtype=torch.long)]
+
+
+def random_pyramid(channels=32):
+    return [torch.randn(2, channels, h, w) + 0.5 * torch.randn(2, channels, 1, 1) for h, w in SIZES]
+
+
+def same(found, expected, **tolerance):
+    torch.testing.assert_close(found, expected, **tolerance or {"rtol": 1e-4, "atol": 1e-5})
+
+
+def test_the_gate_equals_einsum():
+    torch.manual_seed(0)
+    gate = CrossingFusion(32)
+    squeeze, excite = gate.squeeze.weight, gate.excite.weight
+    assert squeeze.shape == (4, 64) and excite.shape == (2, 4) and len(list(gate.parameters())) == 2
+    with torch.no_grad():  # strong enough to prefer one branch here and the other there
+        squeeze.mul_(5), excite.mul_(5)
+        high, low = random_pyramid(), random_pyramid()
+        fused = gate(high, low)
+        shares = []
+        for h, l, f in zip(high, low, fused, strict=True):
+            pooled = torch.cat([torch.einsum("nchw->nc", m) / m[0, 0].numel() for m in (h, l)], dim=1)
+            hidden = torch.einsum("rc,nc->nr", squeeze, pooled).clamp(min=0)
+            exponentials = torch.einsum("br,nr->nb", excite, hidden).exp()
+            weights = exponentials / exponentials.sum(1, keepdim=True)
+            same(gate.weights(h, l), weights)
+            same(f, torch.einsum("nb,bnchw->nchw", weights, torch.stack([h, l])))
+            shares.append(weights[:, 0])
+    assert torch.stack(shares).std() > 0.05  # one pair per image and level, not the same everywhere
+
+
+def test_the_shares_add_up_to_one():
+    gate = CrossingFusion(32)
+    for high, low in zip(random_pyramid(), random_pyramid()):
+        weights = gate.weights(high * 10, low * 10)
+        assert weights.shape == (2, 2) and (weights >= 0).all()
+        same(weights.sum(1), torch.ones(2))
+        same(gate([high], [high])[0], high)
+
+
+def test_fusing_pyramids_that_differ_in_size_is_an_error():
+    with pytest.raises(ValueError, match="do not align"):
+        CrossingFusion(32)(random_pyramid(), random_pyramid()[:4] + [torch.zeros(2, 32, 1, 2)])
+
+
+@torch.no_grad()
+def test_any_choice_of_branches_equals_the_full_set_and_computes_no_more():
+    model = tiny_model("teacher")
+    images = torch.randn(2, 3, 64, 128)
+    everything = model.pyramids(images)
+    assert list(everything) == ["fused", "high", "low"] == list(model.branches)
+    for h, l, f in zip(everything["high"], everything["low"], everything["fused"], strict=True):
+        weights = model.fusion.weights(h, l)
+        same(f, torch.einsum("nb,bnchw->nchw", weights, torch.stack([h, l])))
+    read = []
+    model.backbone.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[-2:])))
+    for count in (1, 2, 3):
+        for branches in combinations(("low", "high", "fused"), count):
+            read.clear()
+            pyramids = model.pyramids(images, branches)
+            assert list(pyramids) == list(branches)
+            for branch in branches:
+                for found, expected in zip(pyramids[branch], everything[branch], strict=True):
+                    assert torch.equal(found, expected), branch
+            needed = {("high",): [(64, 128)], ("low",): [(32, 64)]}.get(branches, [(64, 128), (32, 64)])
+            assert read == needed, branches
+
+
+@torch.no_grad()
+def test_training_computes_each_level_as_often_as_it_is_read():
+    model = tiny_model("teacher")
+    calls = {}
+    for name, module in model.fpn.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    model(torch.randn(1, 3, 64, 64))
+    once = {"lateral.2", "output.2", "p7"}  # P2 for the low branch only, P7 for the high one
+    assert calls == {name: 1 if name in once else 2 for name in calls} and once < calls.keys() and len(calls) == 10
+
+
+@torch.no_grad()
+def test_the_teacher_detects_from_the_fused_pyramid_alone():
+    model = tiny_model("teacher")
+    image = torch.rand(3, 128, 192)
+    fused = model.pyramids(model.normalize(image[None], [(128, 192)]))["fused"]
+    expected = model.postprocess(model.head(fused), "fused", [(128, 192)], [(128, 192)])[0]
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    (found,) = model.detect([image], resize=False)
+    assert len(seen) == 1 and len(expected["scores"]) > 0
+    for maps, wanted in zip(seen[0], fused, strict=True):
+        same(maps, wanted)
+    for key in expected:
+        same(found[key], expected[key])
+    others = [model.detect([image], branch, resize=False)[0]["scores"] for branch in ("high", "low")]
+    assert not any(torch.equal(found["scores"], scores) for scores in others)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "conventional", "low"])
+@torch.no_grad()
+def test_predicting_all_branches_at_once_equals_the_head_on_each(kind):
+    model = tiny_model(kind)
+    pyramids, outputs = model(torch.randn(2, 3, 64, 128))
+    assert outputs.keys() == pyramids.keys() == set(model.branches)
+    for branch, maps in pyramids.items():
+        alone = model.head(maps)
+        assert outputs[branch]["sizes"] == alone["sizes"] == [tuple(m.shape[-2:]) for m in maps]
+        for key in ("logits", "boxes", "centerness"):
+            same(outputs[branch][key], alone[key])
+
+
+def test_every_branch_of_the_teacher_is_trained_on_the_same_targets_in_high_pixels():
+    model = tiny_model("teacher")
+    with torch.no_grad():
+        _, outputs = model(torch.randn(2, 3, 128, 128))
+        losses = model.losses(outputs, BOXES, LABELS)
+        assert set(losses) == {f"{b}/{p}" for b in ("fused", "high", "low") for p in ("cls", "box", "centerness")}
+        targets = model.head.assign([(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)], BOXES, LABELS)
+        assert (targets["labels"] < 3).sum() > 0
+        for branch in model.branches:
+            for part, value in model.head.losses(outputs[branch], targets).items():
+                same(losses[f"{branch}/{part}"], value)
+
+
+def test_gradients_reach_every_parameter_of_every_kind_even_without_boxes():
+    for kind in ("teacher", "conventional", "high", "low"):
+        model = tiny_model(kind).train()
+        _, outputs = model(torch.randn(2, 3, 128, 128))
+        sum(model.losses(outputs, BOXES[1:] * 2, LABELS[1:] * 2).values()).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_conventional_low_branch_is_a_detector_of_half_the_image_in_its_own_pixels():
+    both = tiny_model("conventional")
+    alone = build(tiny_config("high")).eval()
+    alone.load_state_dict(both.state_dict())
+    images = torch.randn(2, 3, 128, 256)
+    half = images.view(2, 3, 64, 2, 128, 2).mean((3, 5))
+    with torch.no_grad():
+        losses = both.losses(both(images)[1], BOXES, LABELS)
+        for branch, pixels, boxes in (("high", images, BOXES), ("low", half, [b / 2 for b in BOXES])):
+            expected = alone.losses(alone(pixels)[1], boxes, LABELS)
+            assert expected["high/box"] > 0
+            for part, value in expected.items():
+                same(losses[part.replace("high", branch)], value)
+    assert len(losses) == 6
+
+
+@torch.no_grad()
+def test_the_conventional_low_branch_gives_boxes_in_the_pixels_of_the_high_resolution_image():
+    both = tiny_model("conventional")
+    alone = build(tiny_config("high")).eval()
+    alone.load_state_dict(both.state_dict())
+    image = torch.rand(3, 128, 256)
+    (found,) = both.detect([image], "low", resize=False)
+    (expected,) = alone.detect([image.view(3, 64, 2, 128, 2).mean((2, 4))], resize=False)
+    assert len(found["scores"]) > 10
+    same(found["scores"], expected["scores"])
+    same(found["boxes"], expected["boxes"] * 2, rtol=1e-3, atol=1e-2)

@@ -1,0 +1,159 @@
+"""The drawn data set: the same bytes from the same seed, tight boxes, and something for every pyramid level."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from msad import annotations, shapes
+from msad.data import fitted_size
+from msad.fcos import FCOSHead
+from msad.settings import SMALL
+
+
+def contents(folder):
+    """{relative path: digest} of all files."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def pictures(seed, count=4):
+    return [shapes.draw_picture(f"{seed}/train/{i}") for i in range(count)]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(shapes, "TRAIN", 3)
+    monkeypatch.setattr(shapes, "VAL", 2)
+
+
+def test_the_same_seed_draws_the_same_and_another_seed_another():
+    once, again, other = pictures(0), pictures(0), pictures(1)
+    for (a, objects_a), (b, objects_b), (c, _) in zip(once, again, other):
+        assert a.dtype == np.uint8 and a.shape == (shapes.SIDE, shapes.SIDE, 3)
+        assert (a == b).all() and objects_a == objects_b and (a != c).mean() > 0.5
+    assert len({picture.tobytes() for picture, _ in once}) == len(once)
+
+
+def test_files_are_the_same_in_another_process_with_other_hashes(tmp_path, few):
+    shapes.prepare(tmp_path / "a", seed=3)
+    code = "from msad import shapes; shapes.TRAIN, shapes.VAL = 3, 2; shapes.prepare('b', seed=3)"
+    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(shapes.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    shapes.prepare(tmp_path / "c", seed=4)
+    drawn = contents(tmp_path / "a")
+    assert drawn == contents(tmp_path / "b") and len(drawn) == 7
+    assert not set(drawn.values()) & set(contents(tmp_path / "c").values())
+
+
+def test_the_folder_is_in_coco_layout_and_holds_what_was_drawn(tmp_path, few):
+    folder = shapes.prepare(tmp_path / "deep" / "shapes")
+    assert [path.name for path in folder.parent.iterdir()] == ["shapes"]
+    for split, count in (("train", 3), ("val", 2)):
+        truth = annotations.read(folder, split)
+        assert len(truth) == count and truth.skipped == {} and not truth.crowd.any()
+        assert [c["name"] for c in truth.classes] == list(shapes.CLASSES)
+        for i in range(count):
+            _, objects = shapes.draw_picture(f"0/{split}/{i}")
+            rows = truth.of_image(i)
+            assert truth.labels[rows].tolist() == [label for label, _ in objects]
+            np.testing.assert_allclose(truth.boxes[rows], [box for _, box in objects], atol=0.011)
+            np.testing.assert_allclose(truth.areas[rows], [(x2 - x1) * (y2 - y1) for _, (x1, y1, x2, y2) in objects], rtol=0.01)
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path, few):
+    (tmp_path / "shapes").mkdir()
+    shapes.prepare(tmp_path / "shapes")
+    assert list((tmp_path / "shapes").iterdir()) == []
+
+
+@pytest.mark.parametrize("accident", [KeyboardInterrupt, OSError])
+def test_an_interrupted_draw_leaves_nothing(tmp_path, few, monkeypatch, accident):
+    draw_split = shapes.draw_split
+
+    def stop_at_val(folder, split, count, seed):
+        draw_split(folder, split, count, seed)
+        if split == "val":
+            raise accident
+
+    monkeypatch.setattr(shapes, "draw_split", stop_at_val)
+    with pytest.raises(accident):
+        shapes.prepare(tmp_path / "shapes")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(shapes, "TRAIN", 1)
+    monkeypatch.setattr(shapes, "VAL", 1)
+    shapes.prepare(tmp_path / "shapes")
+    assert len(contents(tmp_path / "shapes")) == 4
+
+
+@pytest.mark.parametrize("name", shapes.CLASSES)
+def test_boxes_are_tight_around_the_pixels_drawn(name, monkeypatch):
+    label = shapes.CLASSES.index(name)
+    flat = np.full((shapes.SIDE, shapes.SIDE, 3), 120.0)
+    rng = random.Random(name)
+
+    class OneShape(random.Random):
+        """Draws one object, of the wanted class."""
+
+        def randint(self, low, high):
+            return 1
+
+        def randrange(self, stop):
+            return label
+
+    class Quiet:
+        """numpy's generator without noise on the picture."""
+
+        def __init__(self, seed):
+            self.real = np.random.Generator(np.random.PCG64(seed))
+
+        def normal(self, *args, size=None):
+            return np.zeros(args[2]) if args else self.real.normal(size=size)
+
+    monkeypatch.setattr(shapes, "_background", lambda _: flat.copy())
+    monkeypatch.setattr(shapes.random, "Random", OneShape)
+    monkeypatch.setattr(shapes.np.random, "default_rng", Quiet)
+    for trial in range(12):
+        picture, ((found, box),) = shapes.draw_picture(f"{rng.random()}/{trial}")
+        changed = (picture != flat).any(2)
+        ys, xs = np.nonzero(changed)
+        assert found == label and min(box) >= 0 and max(box) <= shapes.SIDE
+        np.testing.assert_allclose(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.01)
+        middle = changed[int((box[1] + box[3]) / 2), int((box[0] + box[2]) / 2)]
+        assert middle == (name not in ("ring", "frame")), "a ring and a frame have holes, all else is filled"
+
+
+def test_every_level_of_the_pyramid_has_objects_to_learn():
+    head = FCOSHead(32, len(shapes.CLASSES), 32, 0, SMALL.object_scale)
+    side = SMALL.short_sides[0]
+    assert fitted_size(shapes.SIDE, shapes.SIDE, side, SMALL.long_side) == (side, side)
+    sizes = [(-(-side // stride),) * 2 for stride in (8, 16, 32, 64, 128)]
+    drawn = [objects for _, objects in pictures(0, 40)]
+    boxes = [torch.tensor([box for _, box in objects]) * side / shapes.SIDE for objects in drawn]
+    labels = [torch.tensor([label for label, _ in objects]) for objects in drawn]
+    targets = head.assign(sizes, boxes, labels)
+    levels = (targets["labels"] < len(shapes.CLASSES)).split([h * w for h, w in sizes], dim=1)
+    counts = [int(level.any(1).sum()) for level in levels]  # pictures with objects at each level
+    assert min(counts) >= 3, counts
+    assert set(torch.cat(labels).tolist()) == set(range(len(shapes.CLASSES)))
+
+
+def test_what_covers_what_is_bounded_and_annotations_are_plain_numbers(tmp_path, few):
+    for _, objects in pictures(5, 30):
+        assert 1 <= len(objects) <= 8
+        for i, (_, a) in enumerate(objects):
+            for _, b in objects[:i]:
+                overlap = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+                smaller = min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+                assert overlap <= 0.35 * smaller + 1e-9
+    folder = shapes.prepare(tmp_path / "shapes")
+    content = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    assert [a["id"] for a in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
