@@ -28,8 +28,14 @@ def student_settings(given):
         raise InputError("--teacher CKPT is needed: train one with train.py")
     teacher = checkpoint.load(given["teacher"], want="teacher")
     if teacher.config.kind != "teacher":
-        raise InputError(f"{given['teacher']}: holds a model of kind {teacher.config.kind}, not a teacher with a fused pyramid")
-    return S.settle(Settings, given, S.architecture(teacher.config) | {"weights": "teacher"}), teacher
+        raise InputError(f"{given['teacher']}: holds a model of kind {teacher.config.kind}, not a teacher")
+    settings = S.settle(Settings, given, S.architecture(teacher.config) | {"weights": "teacher"})
+    if settings.kd and settings.fpn_channels != teacher.config.fpn_channels:
+        raise InputError(
+            f"--fpn-channels {settings.fpn_channels}: the teacher's pyramid has {teacher.config.fpn_channels} channels, "
+            "and only equal pyramids can be distilled (--kd 0 trains without)"
+        )
+    return settings, teacher
 
 
 def run():

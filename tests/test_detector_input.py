@@ -94,10 +94,17 @@ def test_a_model_comes_back_from_its_file_as_it_was(kind, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_a_model_that_does_not_fit_its_description_is_refused(tmp_path):
+@pytest.mark.parametrize("fault", ["another width", "a tensor less", "a tensor more"])
+def test_a_model_that_does_not_fit_its_description_is_refused(fault, tmp_path):
     path = tmp_path / "model.pt"
     checkpoint.save(path, tiny_model("low"))
     content = torch.load(path, weights_only=True)
-    torch.save(content | {"config": content["config"] | {"width": 0.5}}, path)
+    if fault == "another width":
+        content["config"]["width"] = 0.5
+    elif fault == "a tensor less":
+        del content["model"]["fpn.p6.bias"]
+    else:
+        content["model"]["fusion.squeeze.weight"] = torch.zeros(2)
+    torch.save(content, path)
     with pytest.raises(InputError, match="do not fit"):
         msad.load(path)

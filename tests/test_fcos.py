@@ -38,13 +38,14 @@ def may_train(level, stride, x, y, box, object_scale):
     return inside and smallest * object_scale <= max(x - x1, y - y1, x2 - x, y2 - y) <= largest * object_scale
 
 
-def check_assignment(head, sizes, boxes, labels):
+def check_assignment(sizes, boxes, labels, object_scale=1.0):
     """Compare the assignment of one image with a loop; returns the number of positives on each level."""
+    head = new_head(object_scale=object_scale)
     found = head.assign(sizes, [torch.tensor(boxes).reshape(-1, 4)], [torch.tensor(labels, dtype=torch.long)])
     found_labels, found_boxes = found["labels"][0].tolist(), found["boxes"][0].tolist()
     positives = [0] * 5
     for r, (level, stride, x, y) in enumerate(cells(sizes)):
-        candidates = [b for b in zip(boxes, labels) if may_train(level, stride, x, y, b[0], head.object_scale)]
+        candidates = [b for b in zip(boxes, labels) if may_train(level, stride, x, y, b[0], object_scale)]
         if not candidates:
             assert found_labels[r] == CLASSES and found_boxes[r] == [1] * 4, (r, boxes)
             continue
@@ -77,13 +78,12 @@ def random_box(draw):
 @pytest.mark.parametrize("object_scale", [1.0, 0.5, 0.25])
 def test_assignment_equals_a_loop_over_locations_and_boxes(object_scale):
     draw = random.Random(object_scale)
-    head = new_head(object_scale=object_scale)
     positives = [0] * 5
     for _ in range(150):
         boxes = [random_box(draw) for _ in range(draw.choice((0, 1, 2, 4, 8)))]
         boxes += [[b[0] - 4, b[1] - 4, b[2] + 4, b[3] + 4] for b in boxes[:2]]  # overlapping
         labels = [draw.randrange(CLASSES) for _ in boxes]
-        found = check_assignment(head, SIZES, boxes, labels)
+        found = check_assignment(SIZES, boxes, labels, object_scale)
         positives = [a + b for a, b in zip(positives, found)]
     assert min(positives) >= 20, positives
 
@@ -91,20 +91,20 @@ def test_assignment_equals_a_loop_over_locations_and_boxes(object_scale):
 def test_assignment_of_a_crowded_image_equals_the_loop():
     draw = random.Random(1)
     boxes = [random_box(draw) for _ in range(600)]
-    check_assignment(new_head(object_scale=0.25), SIZES, boxes, [draw.randrange(CLASSES) for _ in boxes])
+    check_assignment(SIZES, boxes, [draw.randrange(CLASSES) for _ in boxes], object_scale=0.25)
 
 
 def test_both_ends_of_a_levels_range_belong_to_it():
     # Boxes whose sides are 64 pixels away: the end of level 0 and the start of level 1.
     box = [60 - 64, 60 - 64, 60 + 64, 60 + 64]  # around a centre of level 0, whose neighbours are too far from one side
-    assert check_assignment(new_head(), SIZES, [box], [1])[0] == 1
+    assert check_assignment(SIZES, [box], [1])[0] == 1
     box = [72 - 64, 72 - 64, 72 + 64, 72 + 64]  # around a centre of level 1
-    assert check_assignment(new_head(), SIZES, [box], [1])[1] == 9
+    assert check_assignment(SIZES, [box], [1])[1] == 9
 
 
 def test_sides_of_the_central_square_do_not_belong_to_it():
     # The middle of a 40-pixel box lies 12 = 1.5 strides from the centres at 4 and 28, and 4 from those at 12 and 20.
-    assert check_assignment(new_head(), SIZES, [[-4, -4, 36, 36]], [0])[0] == 4
+    assert check_assignment(SIZES, [[-4, -4, 36, 36]], [0])[0] == 4
 
 
 def test_images_of_a_batch_are_assigned_on_their_own():

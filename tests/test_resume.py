@@ -13,7 +13,7 @@ from scripts import TINY, call, complaint, start, succeed, wait_for_lines
 
 from msad import checkpoint, training
 
-LONG = [*TINY, "--iters", "30", "--save-every", "4", "--eval-every", "13"]
+LONG = [*TINY, "--iters", "20", "--save-every", "4", "--eval-every", "13"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def assert_same_run(one, other):
         return a == b
 
     assert same(first["model"], second["model"]) and same(first["training"]["optimizer"], second["training"]["optimizer"])
-    assert first["training"]["done"] == second["training"]["done"] == 30
+    assert first["training"]["done"] == second["training"]["done"] == 20
     assert (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
 
 
@@ -66,7 +66,7 @@ def test_stopped_then_killed_then_resumed_equals_uninterrupted(home, tmp_path, n
     process.send_signal(number)
     printed, complained = process.communicate()
     done = checkpoint.read(out / "last.pt")["training"]["done"]
-    assert process.returncode == 130 and complained == "" and 3 <= done < 30
+    assert process.returncode == 130 and complained == "" and 3 <= done < 20
     assert printed.splitlines()[-1] == (
         f"stopped after {done} iterations; go on with: python {script.__name__}.py --resume --out {out}"
     )
@@ -75,7 +75,7 @@ def test_stopped_then_killed_then_resumed_equals_uninterrupted(home, tmp_path, n
     wait_for_lines(process, out / "log.jsonl", lines(out) + 6)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and checkpoint.read(out / "last.pt")["training"]["done"] < 30
+    assert process.returncode == -signal.SIGKILL and checkpoint.read(out / "last.pt")["training"]["done"] < 20
 
     (out / "last.pt.tmp").write_bytes(b"half a checkpoint")
     succeed(script, "--resume", "--out", out, "--workers", 1)
@@ -96,7 +96,7 @@ def test_a_crash_while_saving_costs_nothing_but_the_iterations_since(home, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
         assert call(script, *flags, "--out", tmp_path / "out")[0] == "crashed with the temporary file written"
-    assert checkpoint.read(tmp_path / "out" / "last.pt")["training"]["done"] == 12 and lines(tmp_path / "out") > 15
+    assert checkpoint.read(tmp_path / "out" / "last.pt")["training"]["done"] == 12 and lines(tmp_path / "out") > 12
     succeed(script, "--resume", "--out", tmp_path / "out")
     assert_same_run(tmp_path / "out", home / name)
 
