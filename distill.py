@@ -1,7 +1,7 @@
 """Distil a teacher's fused pyramid into a student that sees low resolution only.
 
     python distill.py --teacher runs/teacher/last.pt          the student starts from the teacher's weights
-    python distill.py --teacher runs/teacher/last.pt --kd 0   the control: the same training without the teacher's features
+    python distill.py --teacher runs/teacher/last.pt --kd 0   the control: the same, without distillation
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 from msad import align, checkpoint, distillation, evaluation, official, processes, settings as S, training as T
 from msad.annotations import InputError
 from msad.data import CocoDataset, TrainBatches, loader
+from msad.log import Progress, introduce
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Settings(S.Recipe):
     teacher: str = S.option("", "the teacher's checkpoint (needed)")
     kd: float = S.option(0.6, "weight of the distillation loss: alpha 0.2 times tau 3 in the paper; 0 turns it off")
     kd_ramp: int = S.option(500, "iterations until the distillation has its full weight")
-    weights: str = S.option("teacher", "where the student starts: teacher, none, or teacher but the backbone from imagenet or a FILE [teacher]")
+    weights: str = S.option("teacher", "start: teacher, none, or with a backbone from imagenet or a FILE [teacher]")
 
 
 def student_settings(given):
@@ -32,8 +33,8 @@ def student_settings(given):
     settings = S.settle(Settings, given, S.architecture(teacher.config) | {"weights": "teacher"})
     if settings.kd and settings.fpn_channels != teacher.config.fpn_channels:
         raise InputError(
-            f"--fpn-channels {settings.fpn_channels}: the teacher's pyramid has {teacher.config.fpn_channels} channels, "
-            "and only equal pyramids can be distilled (--kd 0 trains without)"
+            f"--fpn-channels {settings.fpn_channels}: the teacher's pyramid has {teacher.config.fpn_channels}; only "
+            "equal ones can be distilled (--kd 0 trains without)"
         )
     return settings, teacher
 
@@ -57,7 +58,7 @@ def run():
     T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
     high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
-    low_set = CocoDataset(val, (settings.test_side,), settings.long_side, low=True)
+    low_set = CocoDataset(val, (settings.test_side,), settings.long_side, low=settings.downsample)
 
     # Models
     teacher = distillation.freeze(teacher).to(device)
@@ -70,7 +71,7 @@ def run():
     optimizer = T.optimizer_for(student, settings)
     start, log = T.continue_from(saved, optimizer, out)
     autocast = T.autocast_for(device, settings.precision)
-    T.introduce(settings, student, train, val, device, out)
+    introduce(settings, student, train, val, device, out)
 
     def evaluate(model, dataset):
         branches = sorted(model.branches)
@@ -79,11 +80,12 @@ def run():
 
     teacher_results = saved["training"]["teacher"] if saved else evaluate(teacher, high_set)
     if processes.is_main():
-        print(evaluation.table({f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}), flush=True)
+        teacher_rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
+        print(evaluation.table(teacher_rows), flush=True)
 
     batches = TrainBatches(train, settings.batch, settings.seed, start, processes.rank(), processes.count())
     batches = iter(loader(training_set, batches, teacher.multiple, settings.workers, device))
-    progress = T.Progress(settings, start)
+    progress = Progress(settings, start)
     interrupt = T.Interrupt()
     student.train()
 
@@ -99,10 +101,11 @@ def run():
             weight = settings.kd * distillation.ramp(iteration, settings.kd_ramp)
             losses["kd"] = weight * distillation.pyramid_l1(pyramids["low"], fused)
         loss = sum(losses.values())
-        T.step(student, optimizer, loss, losses, settings, iteration)
+        lr = T.lr_at(settings, iteration)
+        T.step(student, optimizer, loss, losses, lr, settings.clip, iteration)
 
         progress.show(iteration, loss, losses)
-        log.losses(iteration, loss, losses, settings)
+        log.losses(iteration, loss, losses, lr, settings.log_every)
         done = iteration + 1
         if done % settings.eval_every == 0 and done < settings.iters:
             log.results(done, evaluate(student, low_set))
@@ -116,10 +119,10 @@ def run():
     results = evaluate(student, low_set)
     log.results(settings.iters, results)
     if processes.is_main():
-        rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
-        print(evaluation.table(rows | {"student @ low": results["low"]}))
+        print(evaluation.table(teacher_rows | {"student @ low": results["low"]}))
         print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}")
-        print(f"next: python evaluate.py --ckpt {out / 'last.pt'}" + (f" --data {settings.data}" if settings.data else ""))
+        data = f" --data {settings.data}" if settings.data else ""
+        print(f"next: python evaluate.py --ckpt {out / 'last.pt'}{data}")
 
 
 def begin(student, teacher, settings):

@@ -14,14 +14,15 @@ from msad.data import CocoDataset
 
 
 def parse():
-    parser = S.Parser(description=__doc__, usage="%(prog)s --ckpt FILE [flags]", allow_abbrev=False, formatter_class=S.Help)
+    usage = "%(prog)s --ckpt FILE [flags]"
+    parser = S.Parser(description=__doc__, usage=usage, allow_abbrev=False, formatter_class=S.Help)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="the checkpoint")
     parser.add_argument("--data", default="", metavar="DIR", help="folder in COCO layout (default: drawn shapes)")
     parser.add_argument("--res", choices=("fused", "high", "low"), help="the branch to evaluate (default: all it has)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default: 8)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     parser.add_argument("--device", default="", metavar="X", help="cuda or cpu (default: CUDA where there is one)")
-    parser.add_argument("--precision", default="", choices=("fp32", "bf16"), help="default: bf16 where the device has it")
+    parser.add_argument("--precision", default="", choices=("fp32", "bf16"), help="default: bf16 if native")
     parser.add_argument("--per-class", action="store_true", help="also print each class's AP")
     parser.add_argument("--json", metavar="FILE", help="write the numbers, from 0 to 1, to a file")
     return parser.parse_args()
@@ -37,12 +38,13 @@ def run():
 
     model = checkpoint.load(args.ckpt, device)
     if args.res and args.res not in model.branches:
-        raise InputError(f"--res {args.res}: {args.ckpt} is a model of kind {model.config.kind}, with {', '.join(model.branches)}")
+        has = ", ".join(model.branches)
+        raise InputError(f"--res {args.res}: {args.ckpt} is a model of kind {model.config.kind}, which has {has}")
     branches = [args.res] if args.res else sorted(model.branches)
 
     (annotations,) = T.open_data(args.data, ["val"])
     T.check_classes("the data", annotations.classes, "the checkpoint", model.config.classes)
-    dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.sees_low_only)
+    dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.low_input)
 
     results = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)
     if processes.is_main():

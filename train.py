@@ -10,6 +10,7 @@ from pathlib import Path
 
 from msad import checkpoint, evaluation, official, processes, settings as S, training as T
 from msad.data import CocoDataset, TrainBatches, loader
+from msad.log import Progress, introduce
 
 # L_teacher = L_det(H) + L_det(L) + 0.4 L_det(fused); a single resolution counts fully.
 WEIGHT = {"high": 1.0, "low": 1.0, "fused": 0.4}
@@ -42,7 +43,7 @@ def run():
 
     # Data: two COCO splits, a low-resolution model reads them at low resolution.
     train, val = T.open_data(settings.data)
-    low = kind == "low"
+    low = settings.downsample if kind == "low" else ""
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, low, flip=True)
     validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, low)
 
@@ -57,7 +58,7 @@ def run():
     optimizer = T.optimizer_for(model, settings)
     start, log = T.continue_from(saved, optimizer, out)
     autocast = T.autocast_for(device, settings.precision)
-    T.introduce(settings, model, train, val, device, out)
+    introduce(settings, model, train, val, device, out)
 
     def evaluate():
         branches = sorted(model.branches)
@@ -66,7 +67,7 @@ def run():
 
     batches = TrainBatches(train, settings.batch, settings.seed, start, processes.rank(), processes.count())
     batches = iter(loader(training_set, batches, model.multiple, settings.workers, device))
-    progress = T.Progress(settings, start)
+    progress = Progress(settings, start)
     interrupt = T.Interrupt()
     model.train()
 
@@ -76,10 +77,11 @@ def run():
             pyramids, outputs = network(model.normalize(batch.images, batch.sizes))
         losses = model.losses(outputs, batch.boxes, batch.labels)
         loss = sum(WEIGHT[name.split("/")[0]] * value for name, value in losses.items())
-        T.step(model, optimizer, loss, losses, settings, iteration)
+        lr = T.lr_at(settings, iteration)
+        T.step(model, optimizer, loss, losses, lr, settings.clip, iteration)
 
         progress.show(iteration, loss, losses)
-        log.losses(iteration, loss, losses, settings)
+        log.losses(iteration, loss, losses, lr, settings.log_every)
         done = iteration + 1
         if done % settings.eval_every == 0 and done < settings.iters:
             log.results(done, evaluate())
@@ -96,8 +98,12 @@ def run():
         last = out / "last.pt"
         print(evaluation.table({f"{kind} @ {branch}": metrics for branch, metrics in results.items()}))
         print(f"checkpoint {last}, log {out / 'log.jsonl'}")
-        follow = f"distill.py --teacher {last}" if kind == "teacher" else f"evaluate.py --ckpt {last}"
-        print(f"next: python {follow}{T.data_flags(settings)}")
+        data = f" --data {settings.data}" if settings.data else ""
+        if kind == "teacher":
+            recipe = f" --recipe {settings.recipe}" if data else ""
+            print(f"next: python distill.py --teacher {last}{data}{recipe}")
+        else:
+            print(f"next: python evaluate.py --ckpt {last}{data}")
 
 
 if __name__ == "__main__":

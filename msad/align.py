@@ -44,7 +44,7 @@ def check_pyramids(high, low):
     """Raise ValueError unless two pyramids have the same shapes, level by level."""
     shapes = [[tuple(level.shape) for level in pyramid] for pyramid in (high, low)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"the pyramids do not align: {shapes[0]} from H, {shapes[1]} from L")
+        raise ValueError(f"the pyramids do not align: {shapes[0]} from H or fused, {shapes[1]} from L")
 
 
 def grid(sizes, device=None):

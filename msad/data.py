@@ -1,7 +1,7 @@
 """Images and boxes -> batches. Files are read as 8-bit RGB, resized, flipped and padded; a batch travels as uint8.
 
 Sizes follow the field's rule: the short side is brought to a wanted length unless that makes the long side too long.
-Boxes are in pixels of the high-resolution input, always. A low-resolution data set (`low=True`) reads images straight
+Boxes are in pixels of the high-resolution input, always. A low-resolution data set reads images straight
 at half that size and still gives boxes in high-resolution pixels.
 """
 
@@ -49,19 +49,21 @@ def fitted_size(height, width, short_side, long_side):
     return (short, long) if height <= width else (long, short)
 
 
-def resize(image, size, halve=False):
-    """An image (3,h,w), uint8 or float, brought to `size` (height, width), or with `halve` straight to half of it.
+def resize(image, size, low=""):
+    """An image (3,h,w), uint8 or float, brought to `size` (height, width), or with `low` straight to half of it.
 
-    Halving stands for what a low-resolution branch is trained on: the image at `size`, averaged over 2x2 pixels.
-    Computed in one step it comes closest with a Hamming filter where `size` is at most the image's own, and with the
-    usual bilinear one where the image would have been enlarged first.
+    What a low-resolution branch is trained on is the image at `size`, then downsampled. For "area" one step comes
+    closest to that with a Hamming filter where `size` is at most the image's own, and with the usual bilinear one where
+    the image would have been enlarged first. "nearest", the authors' choice, has to be made in two steps.
     """
     enlarged = size[0] > image.shape[1]
-    if halve:
+    if low == "nearest":
+        return resize(image, size)[:, ::2, ::2]
+    if low:
         size = tuple(-(-side // 2) for side in size)
     if size == tuple(image.shape[1:]):
         return image
-    if halve and not enlarged:
+    if low and not enlarged:
         planes = [Image.fromarray(plane.cpu().numpy()).resize(size[::-1], Image.Resampling.HAMMING) for plane in image]
         return torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]).to(image.device)
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
@@ -88,7 +90,7 @@ def read_image(path, size=None):
                 image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
             pixels = np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}); replace the file or remove its entry") from None
+        raise InputError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from None
     if size is not None and pixels.shape[:2] != tuple(size):
         raise InputError(
             f"{path}: is {pixels.shape[1]}x{pixels.shape[0]}, but its annotations say {size[1]}x{size[0]}; correct one"
@@ -99,11 +101,12 @@ def read_image(path, size=None):
 class CocoDataset(Dataset):
     """Annotated images at the network's size: item (index, seed) -> image, boxes, labels, index.
 
-    `short_sides` are the lengths one is drawn from, and `flip` allows mirroring; both draw from the item's own seed, so an
-    item is the same in whichever process or order it is read.
+    With `low`, "area" or "nearest", images are half that size and boxes are not. `short_sides` are the lengths one is
+    drawn from, and `flip` allows mirroring; both draw from the item's own seed, so an item is the same in whichever
+    process or order it is read.
     """
 
-    def __init__(self, annotations, short_sides, long_side, low=False, flip=False):
+    def __init__(self, annotations, short_sides, long_side, low="", flip=False):
         self.annotations = annotations
         self.short_sides = short_sides
         self.long_side = long_side
@@ -127,7 +130,7 @@ class CocoDataset(Dataset):
         height, width = map(int, self.annotations.sizes[index])
         image = read_image(self.annotations.path(index), (height, width))
         size = fitted_size(height, width, short_side, self.long_side)
-        image = resize(image, size, halve=self.low)
+        image = resize(image, size, self.low)
 
         rows = self.annotations.of_image(index)
         usable = ~self.annotations.crowd[rows]

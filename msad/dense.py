@@ -24,7 +24,7 @@ def tower(in_channels, channels, convs, norm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, called in the layout in which it is fast: on a CPU, its channels_last kernel crawls in small groups."""
+    """PyTorch's, in the layout in which it is fast: on a CPU its channels_last kernel crawls where groups are small."""
 
     def forward(self, x):
         if self.num_channels >= 8 * self.num_groups:

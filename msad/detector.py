@@ -71,6 +71,11 @@ class Detector(nn.Module):
     def sees_low_only(self):
         return self.branches == ("low",)
 
+    @property
+    def low_input(self):
+        """How images are made small for a model that sees low resolution only, or "" for one that does not."""
+        return self.config.downsample if self.sees_low_only else ""
+
     def pyramid(self, images, shift):
         """Normalised images (N,3,h,w) -> five maps, at P3..P7 (shift 0) or P2..P6 (shift 1)."""
         return self.fpn(self.backbone(images), align.levels(shift))
@@ -126,6 +131,9 @@ class Detector(nn.Module):
         Returns one dict per image: `boxes` (D,4) in that image's own pixels, `scores` (D,), best first, `labels` (D,).
         Images are batched by their padded size, so the company an image is in never changes its result.
         """
+        branch = branch or self.branches[0]
+        if branch not in self.branches:
+            raise ValueError(f"a model of kind {self.config.kind} has no branch {branch!r}, only {self.branches}")
         inputs = [self.resized(image) if resize else image for image in images]
         groups = {}
         for index, image in enumerate(inputs):
@@ -136,8 +144,8 @@ class Detector(nn.Module):
             sizes = [tuple(inputs[i].shape[-2:]) for i in members]
             originals = [tuple(images[i].shape[-2:]) for i in members]
             device = self.mean.device
-            found = self.detect_batch(batch.to(device), sizes, originals, [branch or self.branches[0]])
-            for index, detections in zip(members, found[branch or self.branches[0]]):
+            found = self.detect_batch(batch.to(device), sizes, originals, [branch])
+            for index, detections in zip(members, found[branch]):
                 results[index] = detections
         return results
 
@@ -150,9 +158,7 @@ class Detector(nn.Module):
         if self.training:
             raise RuntimeError("detect needs the model in eval mode: call model.eval() first")
         outputs = self.predict(self.pyramids(self.normalize(images, sizes), branches))
-        return {
-            branch: self.postprocess(outputs[branch], branch, sizes, originals) for branch in branches
-        }
+        return {branch: self.postprocess(outputs[branch], branch, sizes, originals) for branch in branches}
 
     def postprocess(self, outputs, branch, sizes, originals):
         """One branch's outputs -> one dict per image: per level the best candidates, then NMS, then the best of all."""
@@ -160,11 +166,11 @@ class Detector(nn.Module):
         cells = [h * w * self.head.anchors for h, w in outputs["sizes"]]
         results = []
         for i, (size, original) in enumerate(zip(sizes, originals)):
-            found = [
-                best_candidates(b, s) for b, s in zip(boxes[i].split(cells), scores[i].split(cells))
-            ]
+            found = [best_candidates(b, s) for b, s in zip(boxes[i].split(cells), scores[i].split(cells))]
             b, s, l = (torch.cat(part) for part in zip(*found))
-            keep = batched_nms(b, s, l, self.head.nms_threshold)[:DETECTIONS_PER_IMAGE]
+            # batched_nms keeps classes apart only where no coordinate is negative.
+            lowest = torch.cat([b, b.new_zeros(1, 4)]).min()
+            keep = batched_nms(b - lowest, s, l, self.head.nms_threshold)[:DETECTIONS_PER_IMAGE]
             frame = [side * self.frame_scale(branch) for side in size]
             b = clip_boxes_to_image(b[keep], frame)
             y, x = (to / side for to, side in zip(original, frame))
@@ -188,7 +194,7 @@ class Detector(nn.Module):
     def resized(self, image):
         """An image (3,h,w) at the size this model tests at."""
         size = fitted_size(*image.shape[-2:], self.config.short_side, self.config.long_side)
-        return resize(image, size, halve=self.sees_low_only)
+        return resize(image, size, self.low_input)
 
 
 def best_candidates(boxes, scores):

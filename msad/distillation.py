@@ -9,6 +9,8 @@ eval mode, as at test time.
 
 import torch
 
+from . import align
+
 
 def freeze(teacher):
     """Make a teacher a constant: no gradients, eval mode."""
@@ -21,7 +23,8 @@ def pyramid_l1(student, fused):
     The paper's loss is alpha * tau^2 * sum of mean|s/tau - f/tau| with alpha 0.2 and tau 3. The temperature leaves a
     mere factor, alpha * tau = 0.6: the script's default weight of this loss.
     """
-    return torch.stack([(s.float() - f.float()).abs().mean() for s, f in zip(student, fused, strict=True)]).sum()
+    align.check_pyramids(fused, student)
+    return torch.stack([(s.float() - f.float()).abs().mean() for s, f in zip(student, fused)]).sum()
 
 
 def ramp(iteration, length=500):
@@ -38,7 +41,8 @@ def start_from(student, teacher):
     source, target = teacher.state_dict(), student.state_dict()
     taken = {k: v for k, v in source.items() if k in target and target[k].shape == v.shape}
     student.load_state_dict(target | taken)
-    return f"from the teacher {_parts(taken)}; left behind {_parts(source.keys() - taken.keys())}; new {_parts(target.keys() - taken.keys())}"
+    left, new = source.keys() - taken.keys(), target.keys() - taken.keys()
+    return f"from the teacher {_parts(taken)}; left behind {_parts(left)}; new {_parts(new)}"
 
 
 def _parts(keys):

@@ -24,7 +24,8 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
     batches = EvalBatches(dataset, batch, model.multiple, processes.rank(), processes.count())
     found = {branch: [] for branch in branches}
     silent = True if not processes.is_main() else None  # None: a bar only on a terminal
-    for data in tqdm(loader(dataset, batches, model.multiple, workers, device), "evaluating", leave=False, disable=silent):
+    reader = loader(dataset, batches, model.multiple, workers, device)
+    for data in tqdm(reader, "evaluating", leave=False, disable=silent):
         originals = [tuple(map(int, dataset.annotations.sizes[i])) for i in data.indices]
         with autocast():
             detections = model.detect_batch(data.images.to(device, non_blocking=True), data.sizes, originals, branches)
@@ -37,15 +38,16 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
 
 
 def coco_metrics(annotations, detections):
-    """Annotations and [(index, detections)] in the files' pixels -> {"AP": ..., the other eleven, "classes": {name: AP}}.
+    """Annotations and [(index, detections)] in the files' pixels -> the twelve {"AP": ...} and "classes", {name: AP}.
 
     Values are pycocotools' own: from 0 to 1, and -1 where there is nothing to find.
     """
+    columns = annotations.labels, annotations.boxes, annotations.areas, annotations.crowd
     truth = [
         {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "area": float(area), "iscrowd": int(crowd)}
         for i in range(len(annotations))
         for rows in [annotations.of_image(i)]
-        for label, box, area, crowd in zip(*(getattr(annotations, f)[rows] for f in ("labels", "boxes", "areas", "crowd")))
+        for label, box, area, crowd in zip(*(column[rows] for column in columns))
     ]
     results = [
         {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "score": float(score), "iscrowd": 0}

@@ -25,7 +25,7 @@ class Recipe:
 
     # Where things are
     data: str = option("", "folder in COCO layout (default: drawn shapes in data/shapes)")
-    recipe: str = option("coco", "defaults for all else (default: small without --data, coco with it)", ("small", "coco"))
+    recipe: str = option("coco", "defaults of all else (default: small without --data, else coco)", ("small", "coco"))
     out: str = option("", "folder for checkpoints and log (default: runs/ and what is trained)")
     # Pictures: sides in pixels of the high-resolution input
     short_sides: tuple = option(tuple(range(640, 801, 32)), "short sides drawn from in training")
@@ -37,7 +37,7 @@ class Recipe:
     head: str = option("fcos", "detection head", tuple(HEADS))
     backbone: str = option("resnet50", "backbone", ("resnet18", "resnet34", "resnet50", "resnet101"))
     width: float = option(1.0, "the backbone's width", (0.25, 0.5, 0.75, 1.0))
-    weights: str = option("imagenet", "where the backbone starts: imagenet, none, or a FILE of such weights [small none, coco imagenet]")
+    weights: str = option("imagenet", "where the backbone starts: imagenet, none or a FILE [small none, coco imagenet]")
     fpn_channels: int = option(256, "channels of the pyramid")
     head_channels: int = option(256, "channels of the head's towers")
     head_convs: int = option(4, "convolutions in each tower")
@@ -178,7 +178,8 @@ def resume(kind, given, path):
 
 def check_settings(settings):
     """Raise InputError for values that no run can be made of."""
-    for name in ("iters", "batch", "fpn_channels", "head_channels", "eval_every", "save_every", "log_every", "test_side"):
+    counts = ("iters", "batch", "fpn_channels", "head_channels", "eval_every", "save_every", "log_every", "test_side")
+    for name in counts:
         if getattr(settings, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     multiple = HEADS[settings.head].channel_multiple
@@ -190,7 +191,8 @@ def check_settings(settings):
         raise InputError(f"--batch {settings.batch} is smaller than the number of processes, {processes.count()}")
 
 
-ARCHITECTURE = ("head", "backbone", "width", "fpn_channels", "head_channels", "head_convs", "object_scale", "pad", "downsample")
+ARCHITECTURE = ("backbone", "width", "fpn_channels", "head", "head_channels", "head_convs", "object_scale")
+ARCHITECTURE += ("pad", "downsample")
 
 
 def model_config(settings, kind, classes):

@@ -1,25 +1,23 @@
-"""What both training scripts share: the folder of a run, optimizer, schedule, precision, log, progress.
+"""What both training scripts share: the folder of a run, optimizer, schedule, precision, saving and stopping.
 
 The loops themselves stand in the scripts. Whatever depends on the iteration takes it as an argument, so a resumed run
 needs no more than the weights, the optimizer's state and a number.
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from . import annotations, checkpoint, cost, processes, shapes
+from . import annotations, checkpoint, processes, shapes
 from .annotations import InputError
+from .log import Log
 from .settings import check_settings
 
 SHAPES = "data/shapes"
@@ -52,7 +50,7 @@ def check_classes(one, found, other, wanted):
         describe = lambda classes: [f"{c['id']} {c['name']}" for c in classes]
         extra = [c for c in describe(found) if c not in describe(wanted)]
         missing = [c for c in describe(wanted) if c not in describe(found)]
-        raise InputError(f"{one} and {other} have different classes: {extra[:5]} only in one, {missing[:5]} only in the other")
+        raise InputError(f"{one} and {other} have different classes: {extra[:5]} only here, {missing[:5]} only there")
 
 
 def open_folder(out, fresh):
@@ -86,23 +84,6 @@ def keep_earlier(out):
         print(f"the earlier run in {out} was kept: {', '.join(f'{p.stem}.{number}{p.suffix}' for p in files)}")
 
 
-def introduce(settings, model, train, val, device, out):
-    """The first lines of a run: data, model, schedule, device, folder."""
-    if not processes.is_main():
-        return
-    c = model.config
-    print(f"train     {train.summary()}")
-    print(f"val       {val.summary()}")
-    print(f"model     {c.kind}: {c.backbone} x{c.width:g}, FPN {c.fpn_channels}, {c.head} {c.head_convs}x{c.head_channels}")
-    print(f"cost      {cost.describe(model, model.branches[0], c.short_side, c.short_side)}")
-    print(
-        f"schedule  {settings.iters} iterations of {settings.batch} images, {settings.optimizer}, lr {settings.lr:g}, "
-        f"{settings.schedule} after {settings.warmup} of warm-up, seed {settings.seed}"
-    )
-    print(f"device    {device}, {settings.precision}, {processes.count()} process(es), {torch.get_num_threads()} threads")
-    print(f"folder    {out}", flush=True)
-
-
 def optimizer_for(model, settings):
     """SGD or AdamW over all trained parameters; normalisation layers have no weight decay."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
@@ -124,11 +105,11 @@ def lr_at(settings, iteration):
     return settings.lr * warm * 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
 
 
-def step(model, optimizer, loss, losses, settings, iteration):
+def step(model, optimizer, loss, losses, lr, clip, iteration):
     """Backward and one update. A loss or gradient that is not finite stops the run before the weights change."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     if not (loss.isfinite() and norm.isfinite()):
         parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
         raise InputError(
@@ -136,7 +117,7 @@ def step(model, optimizer, loss, losses, settings, iteration):
             "the last checkpoint is good: start again with a lower --lr"
         )
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(settings, iteration)
+        group["lr"] = lr
     optimizer.step()
 
 
@@ -169,11 +150,6 @@ def continue_from(saved, optimizer, out):
     return training["done"], Log(out / "log.jsonl", training["log"])
 
 
-def data_flags(settings):
-    """The flags that make another script use the same data."""
-    return f" --data {settings.data} --recipe {settings.recipe}" if settings.data else ""
-
-
 def say_how_to_go_on(script, out, done):
     if processes.is_main():
         print(f"\nstopped after {done} iterations; go on with: python {script} --resume --out {out}")
@@ -195,61 +171,6 @@ class Interrupt:
     def release(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-class Log:
-    """OUT/log.jsonl, written by the main process. It holds nothing that differs between two runs of the same seed."""
-
-    def __init__(self, path, length=0):
-        self.file = None
-        if processes.is_main():
-            self.file = open(path, "r+b" if length else "wb")
-            # What came after the checkpoint will come again.
-            self.file.truncate(length)
-            self.file.seek(length)
-
-    def write(self, **entry):
-        if self.file:
-            self.file.write((json.dumps(entry) + "\n").encode())
-            self.file.flush()
-
-    def losses(self, iteration, loss, losses, settings):
-        """Every `log_every` iterations, so that the device is not asked for a number in between."""
-        if self.file and iteration % settings.log_every == 0:
-            parts = {name: value.item() for name, value in losses.items()}
-            self.write(iteration=iteration, lr=lr_at(settings, iteration), loss=loss.item(), **parts)
-
-    def results(self, done, results):
-        for branch, metrics in results.items():
-            self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
-
-    def length(self):
-        return self.file.tell() if self.file else 0
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line now and then."""
-
-    def __init__(self, settings, start):
-        self.settings, self.start, self.began = settings, start, time.monotonic()
-        silent = None if processes.is_main() else True
-        self.bar = tqdm(total=settings.iters, initial=start, disable=silent, dynamic_ncols=True)
-
-    def show(self, iteration, loss, losses):
-        """After iteration number `iteration`, with its loss and the parts of it."""
-        self.bar.update(iteration + 1 - self.bar.n)
-        if not processes.is_main() or (iteration + 1) % self.settings.log_every:
-            return
-        seconds = (time.monotonic() - self.began) / (iteration + 1 - self.start)
-        text = " ".join([f"loss {loss.item():.3f}"] + [f"{name} {value.item():.3f}" for name, value in losses.items()])
-        text += f" {self.settings.batch / seconds:.1f} images/s"
-        self.bar.set_postfix_str(text, refresh=False)
-        if self.bar.disable and (iteration + 1) % (5 * self.settings.log_every) == 0:
-            left = tqdm.format_interval(seconds * (self.settings.iters - iteration - 1))
-            print(f"{iteration + 1}/{self.settings.iters} {text}, {left} left", flush=True)
-
-    def close(self):
-        self.bar.close()
 
 
 def main(run):

@@ -106,7 +106,7 @@ def two(tmp_path_factory):
     draw_rectangles(folder / "data", {"train": 8, "val": 5}, sides=(49, 90))
     draw_rectangles(folder / "one", {"val": 1}, sides=(49, 90))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:1500]
     (folder / "printed").write_text(done.stdout)

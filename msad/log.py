@@ -1,0 +1,83 @@
+"""What a run tells: its first lines, a bar while it goes, and a log that another run of the same seed repeats exactly."""
+
+import json
+import time
+
+import torch
+from tqdm import tqdm
+
+from . import cost, processes
+
+
+def introduce(settings, model, train, val, device, out):
+    """The first lines of a run: data, model, schedule, device, folder."""
+    if not processes.is_main():
+        return
+    c = model.config
+    print(f"train     {train.summary()}")
+    print(f"val       {val.summary()}")
+    head = f"{c.head} {c.head_convs}x{c.head_channels}"
+    print(f"model     {c.kind}: {c.backbone} x{c.width:g}, FPN {c.fpn_channels}, {head}")
+    print(f"cost      {cost.describe(model, model.branches[0], c.short_side, c.short_side)}")
+    print(
+        f"schedule  {settings.iters} iterations of {settings.batch} images, {settings.optimizer}, lr {settings.lr:g}, "
+        f"{settings.schedule} after {settings.warmup} of warm-up, seed {settings.seed}"
+    )
+    threads = f"{processes.count()} process(es) of {torch.get_num_threads()} threads"
+    print(f"device    {device}, {settings.precision}, {threads}")
+    print(f"folder    {out}", flush=True)
+
+
+class Log:
+    """OUT/log.jsonl, written by the main process. It holds nothing that differs between two runs of the same seed."""
+
+    def __init__(self, path, length=0):
+        self.file = None
+        if processes.is_main():
+            self.file = open(path, "r+b" if length else "wb")
+            # What came after the checkpoint will come again.
+            self.file.truncate(length)
+            self.file.seek(length)
+
+    def write(self, **entry):
+        if self.file:
+            self.file.write((json.dumps(entry) + "\n").encode())
+            self.file.flush()
+
+    def losses(self, iteration, loss, losses, lr, every):
+        """Every so many iterations, so that the device is not asked for a number in between."""
+        if self.file and iteration % every == 0:
+            parts = {name: value.item() for name, value in losses.items()}
+            self.write(iteration=iteration, lr=lr, loss=loss.item(), **parts)
+
+    def results(self, done, results):
+        for branch, metrics in results.items():
+            self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
+
+    def length(self):
+        return self.file.tell() if self.file else 0
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, settings, start):
+        self.settings, self.start, self.began = settings, start, time.monotonic()
+        silent = None if processes.is_main() else True
+        self.bar = tqdm(total=settings.iters, initial=start, disable=silent, dynamic_ncols=True)
+
+    def show(self, iteration, loss, losses):
+        """After iteration number `iteration`, with its loss and the parts of it."""
+        self.bar.update(iteration + 1 - self.bar.n)
+        if not processes.is_main() or (iteration + 1) % self.settings.log_every:
+            return
+        seconds = (time.monotonic() - self.began) / (iteration + 1 - self.start)
+        text = " ".join([f"loss {loss.item():.3f}"] + [f"{name} {value.item():.3f}" for name, value in losses.items()])
+        text += f" {self.settings.batch / seconds:.1f} images/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.bar.disable and (iteration + 1) % (5 * self.settings.log_every) == 0:
+            left = tqdm.format_interval(seconds * (self.settings.iters - iteration - 1))
+            print(f"{iteration + 1}/{self.settings.iters} {text}, {left} left", flush=True)
+
+    def close(self):
+        self.bar.close()
