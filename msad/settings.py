@@ -74,7 +74,7 @@ SMALL = Recipe(
     head_channels=64,
     head_convs=2,
     object_scale=0.34,
-    iters=2400,
+    iters=2000,
     batch=8,
     lr=0.003,
     optimizer="adamw",
@@ -83,8 +83,8 @@ SMALL = Recipe(
     warmup=50,
     clip=5.0,
     workers=0,
-    eval_every=1200,
-    save_every=300,
+    eval_every=1000,
+    save_every=250,
 )
 RECIPES = {"small": SMALL, "coco": COCO}
 

@@ -78,7 +78,7 @@ def draw_picture(seed):
         _paint(canvas, outline + position, [hole + position for hole in holes], rng, draw)
         objects.append((label, tuple(map(float, box))))
     canvas = _blurred(canvas, draw.uniform(0, 1.5))  # no lens is perfectly in focus
-    canvas += rng.normal(0, draw.uniform(1, 8), canvas.shape)
+    canvas += rng.normal(0, draw.uniform(1, 6), canvas.shape)
     return canvas.clip(0, 255).astype(np.uint8), objects
 
 
@@ -119,7 +119,7 @@ def _paint(canvas, outline, holes, rng, draw):
     alpha = np.asarray(mask.reduce(OVERSAMPLING))[..., None] / 255
     beneath = canvas[alpha[..., 0] > 0.5].mean(0)
     direction = rng.normal(size=3)
-    step = direction / np.linalg.norm(direction) * draw.uniform(45, 130)
+    step = direction / np.linalg.norm(direction) * draw.uniform(60, 130)
     # Towards whichever side has room: clipping at black or white must not swallow the contrast.
     color = max(((beneath + s).clip(0, 255) for s in (step, -step)), key=lambda c: np.linalg.norm(c - beneath))
     canvas += alpha * (color - canvas)

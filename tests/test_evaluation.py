@@ -141,7 +141,7 @@ def test_no_detections_and_nothing_to_detect(tmp_path):
             assert {metrics[name] for name in evaluation.METRICS} | set(metrics["classes"].values()) == {-1}
 
 
-@pytest.mark.parametrize("kind, low", [("teacher", False), ("low", True), ("conventional", False)])
+@pytest.mark.parametrize("kind, low", [("teacher", ""), ("low", "area"), ("conventional", "")])
 def test_a_model_is_evaluated_on_every_image_in_the_files_pixels(tmp_path, kind, low):
     truth = annotations.read(draw_rectangles(tmp_path, {"val": 7}), "val")
     dataset = CocoDataset(truth, (128,), 256, low)

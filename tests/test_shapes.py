@@ -118,7 +118,8 @@ def test_boxes_are_tight_around_the_pixels_drawn(name, monkeypatch):
         def normal(self, *args, size=None):
             return np.zeros(args[2]) if args else self.real.normal(size=size)
 
-    monkeypatch.setattr(shapes, "_background", lambda _: flat.copy())
+    monkeypatch.setattr(shapes, "_background", lambda rng: flat.copy())
+    monkeypatch.setattr(shapes, "_blurred", lambda canvas, radius: canvas)
     monkeypatch.setattr(shapes.random, "Random", OneShape)
     monkeypatch.setattr(shapes.np.random, "default_rng", Quiet)
     for trial in range(12):
