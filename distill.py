@@ -74,8 +74,8 @@ def run():
     introduce(settings, student, train, val, device, out)
 
     def evaluate(model, dataset):
-        branches = sorted(model.branches)
-        results = evaluation.evaluate(model, dataset, branches, settings.batch, settings.workers, autocast)
+        branches, images = sorted(model.branches), settings.batch // processes.count()
+        results = evaluation.evaluate(model, dataset, branches, images, settings.workers, autocast)
         return {branch: metrics for branch, (metrics, _) in results.items()}
 
     teacher_results = saved["training"]["teacher"] if saved else evaluate(teacher, high_set)

@@ -61,8 +61,8 @@ def run():
     introduce(settings, model, train, val, device, out)
 
     def evaluate():
-        branches = sorted(model.branches)
-        results = evaluation.evaluate(model, validation_set, branches, settings.batch, settings.workers, autocast)
+        branches, images = sorted(model.branches), settings.batch // processes.count()
+        results = evaluation.evaluate(model, validation_set, branches, images, settings.workers, autocast)
         return {branch: metrics for branch, (metrics, _) in results.items()}
 
     batches = TrainBatches(train, settings.batch, settings.seed, start, processes.rank(), processes.count())

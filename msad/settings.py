@@ -173,7 +173,10 @@ def resume(kind, given, path):
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} {given[k]} (was {stored.get(k)})" for k in changed)
         raise InputError(f"{path}: was trained with other settings: {flags}; leave them out, or start a new --out")
-    return content, kind(**stored | {k: v for k, v in given.items() if k in MAY_CHANGE})
+    try:
+        return content, kind(**stored | {k: v for k, v in given.items() if k in MAY_CHANGE})
+    except TypeError:
+        raise InputError(f"{path}: is another script's run; resume it with that one") from None
 
 
 def check_settings(settings):

@@ -51,7 +51,7 @@ def random_content(seed, images=6, boxes=25, sides=(40, 120)):
     for number in range(boxes):
         image = entries[int(rng.integers(0, images - 1))]  # the last one stays without
         x, y = (int(rng.integers(0, 4 * side - 16)) / 4 for side in (image["width"], image["height"]))
-        w, h = (int(rng.integers(4, 4 * (side - at) + 1)) / 4 for side, at in ((image["width"], x), (image["height"], y)))
+        w, h = (int(rng.integers(4, 4 * room + 1)) / 4 for room in (image["width"] - x, image["height"] - y))
         annotations.append({
             "id": 1000 - number, "image_id": image["id"], "category_id": int(rng.choice([3, 17, 90])),
             "bbox": [x, y, w, h], "area": w * h / 2, "iscrowd": int(rng.random() < 0.2),

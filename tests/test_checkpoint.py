@@ -94,7 +94,8 @@ def test_files_that_are_no_checkpoints_are_refused(saved, tmp_path):
     for content in (b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1], whole[1000:], bytes(5000)):
         saved.write_bytes(content)
         assert_refused(saved)
-    for content in ({}, [1, 2], torch.zeros(3), {"model": {}}, {"msad": 2}, {"msad": 1}, {"msad": 1, "config": {}, "model": {}}):
+    hollow = {"msad": 1, "config": {}, "model": {}}
+    for content in ({}, [1, 2], torch.zeros(3), {"model": {}}, {"msad": 2}, {"msad": 1}, hollow):
         torch.save(content, saved)
         assert_refused(saved)
 
@@ -103,23 +104,24 @@ def edit_tensor(**changes):
     return lambda content: content["model"].update({k.replace("__", "."): v for k, v in changes.items()})
 
 
-@pytest.mark.parametrize(
-    "edit, expected",
-    [
-        (edit_tensor(backbone__conv1__weight=torch.zeros(16, 3, 5, 5)), "backbone.conv1.weight"),
-        (edit_tensor(foreign__tensor=torch.zeros(3)), "foreign.tensor"),
-        (lambda content: content["model"].pop("head.cls_logits.bias"), "head.cls_logits.bias"),
-        (lambda content: content["config"].update(width=0.5), "conv1"),
-        (lambda content: content["config"].update(kind="teacher"), "fusion"),
-        (lambda content: content["config"].update(kind="unheard of"), "unheard of"),
-        (lambda content: content["config"].update(novelty=1), "novelty"),
-        (lambda content: content["config"].pop("classes"), "classes"),
-        (lambda content: content["config"].update(width=float("inf")), ""),
-        (lambda content: content.pop("model"), "model"),
-        (lambda content: content.update(config=None), ""),
-    ],
-)
-def test_tensors_and_description_must_fit(saved, edit, expected):
+MISFITS = {  # what is done to a checkpoint's content, and what the message names
+    "shape": (edit_tensor(backbone__conv1__weight=torch.zeros(16, 3, 5, 5)), "backbone.conv1.weight"),
+    "unknown tensor": (edit_tensor(foreign__tensor=torch.zeros(3)), "foreign.tensor"),
+    "missing tensor": (lambda content: content["model"].pop("head.cls_logits.bias"), "head.cls_logits.bias"),
+    "other width": (lambda content: content["config"].update(width=0.5), "conv1"),
+    "endless width": (lambda content: content["config"].update(width=float("inf")), ""),
+    "other kind": (lambda content: content["config"].update(kind="teacher"), "fusion"),
+    "unknown kind": (lambda content: content["config"].update(kind="unheard of"), "unheard of"),
+    "unknown field": (lambda content: content["config"].update(novelty=1), "novelty"),
+    "missing field": (lambda content: content["config"].pop("classes"), "classes"),
+    "no model": (lambda content: content.pop("model"), "model"),
+    "no description": (lambda content: content.update(config=None), ""),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_tensors_and_description_must_fit(saved, case):
+    edit, expected = MISFITS[case]
     content = torch.load(saved, weights_only=True)
     edit(content)
     torch.save(content, saved)
@@ -136,7 +138,8 @@ def test_random_damage_gives_a_model_or_one_clear_line(saved):
         if trial % 2:  # bytes, most of them where the description is
             damaged = bytearray(whole)
             for _ in range(rng.choice((1, 3))):
-                damaged[rng.randrange(rng.choice((3000, 40_000, len(whole)))) * rng.choice((1, -1))] = rng.randrange(256)
+                place = rng.randrange(rng.choice((3000, 40_000, len(whole))))
+                damaged[place * rng.choice((1, -1))] = rng.randrange(256)
             saved.write_bytes(damaged)
         else:
             part = rng.choice(("config", "config", "model"))

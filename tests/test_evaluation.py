@@ -24,9 +24,8 @@ def by_pycocotools(data, truth, detections, split="val"):
     results = []
     for index, found in detections:
         for (x1, y1, x2, y2), score, label in zip(*(found[k].tolist() for k in ("boxes", "scores", "labels"))):
-            category = truth.classes[int(label)]["id"]
-            box = [x1, y1, x2 - x1, y2 - y1]
-            results.append({"image_id": int(truth.image_ids[index]), "category_id": category, "bbox": box, "score": score})
+            ids = {"image_id": int(truth.image_ids[index]), "category_id": truth.classes[int(label)]["id"]}
+            results.append(ids | {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": score})
     path = data / "results.json"
     path.write_text(json.dumps(results))
 

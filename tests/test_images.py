@@ -62,7 +62,7 @@ KINDS = {
     "grey": lambda: (Image.fromarray(GREY), three(GREY)),
     "1 bit": lambda: (Image.fromarray(GREY > 99), three(np.where(GREY > 99, 255, 0))),
     "palette": palette_image,
-    "grey with alpha": lambda: (Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(PIXELS[..., 1])]), three(GREY)),
+    "grey with alpha": lambda: (Image.merge("LA", [Image.fromarray(PIXELS[..., c]) for c in (0, 1)]), three(GREY)),
     "RGBA": lambda: (Image.fromarray(np.concatenate([PIXELS, PIXELS[..., :1] // 2], -1)), PIXELS),
     "16 bit grey": lambda: (Image.fromarray(GREY.astype(np.uint16) * 256 + 200), three(GREY)),
 }

@@ -4,6 +4,7 @@ One torchrun starts this file as a script for all the tests; its processes write
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -54,13 +55,15 @@ def gradients(kind, head, counts, rank=0, count=1):
     losses = model.losses(outputs, boxes[mine], labels[mine])
     loss = sum(train.WEIGHT[name.split("/")[0]] * value for name, value in losses.items())
     if kind == "low":
-        fused = [torch.sin(torch.arange(m[0].numel() * len(counts))).view(len(counts), *m[0].shape) for m in pyramids["low"]]
-        loss = loss + 0.6 * distillation.pyramid_l1(pyramids["low"], [f[mine] for f in fused])
+        shapes = [(len(counts), *level.shape[1:]) for level in pyramids["low"]]
+        fused = [torch.arange(math.prod(shape)).sin().view(shape)[mine] for shape in shapes]
+        loss = loss + 0.6 * distillation.pyramid_l1(pyramids["low"], fused)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-CASES = [("teacher", "fcos", counts) for counts in COUNTS] + [("teacher", "retinanet", "unequal"), ("low", "fcos", "unequal")]
+CASES = [("teacher", "fcos", counts) for counts in COUNTS]
+CASES += [("teacher", "retinanet", "unequal"), ("low", "fcos", "unequal")]
 
 
 def evaluated(data):
@@ -83,7 +86,8 @@ def work(folder):
     """What each of the two processes does."""
     processes.start(torch.device("cpu"))
     rank, count = processes.rank(), processes.count()
-    torch.save({case: gradients(*case[:2], COUNTS[case[2]], rank, count) for case in CASES}, folder / f"gradients{rank}.pt")
+    mine = {case: gradients(*case[:2], COUNTS[case[2]], rank, count) for case in CASES}
+    torch.save(mine, folder / f"gradients{rank}.pt")
     found = {name: evaluated(folder / name) for name in ("data", "one")}
     found["mean"] = processes.mean_over_processes(torch.tensor(10.0 * rank)).item()
     found["gathered"] = processes.gather([rank] * (2 - rank))
@@ -105,9 +109,9 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     draw_rectangles(folder / "data", {"train": 8, "val": 5}, sides=(49, 90))
     draw_rectangles(folder / "one", {"val": 1}, sides=(49, 90))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*torchrun, __file__, folder], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:1500]
     (folder / "printed").write_text(done.stdout)
     return folder

@@ -48,8 +48,10 @@ def assert_same_run(one, other):
             return len(a) == len(b) and all(same(x, y) for x, y in pairs)
         return a == b
 
-    assert same(first["model"], second["model"]) and same(first["training"]["optimizer"], second["training"]["optimizer"])
-    assert first["training"]["done"] == second["training"]["done"] == 20
+    for content in (first, second):
+        assert content["training"]["done"] == 20
+        del content["training"]["settings"]  # --out and --workers may differ
+    assert same(first, second)
     assert (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
 
 
@@ -114,13 +116,11 @@ def test_resuming_from_nothing_starts_from_the_beginning(home, tmp_path):
     assert_same_run(tmp_path / "out", home / "trained")
 
 
-@pytest.mark.parametrize(
-    "flags", [["--res", "high"], ["--iters", "31"], ["--seed", "5"], ["--short-sides", "64"], ["--lr", "1"], ["--no-align"]]
-)
+@pytest.mark.parametrize("flags", ["--res high", "--iters 31", "--seed 5", "--short-sides 64", "--lr 1", "--no-align"])
 def test_resuming_with_other_settings_names_them(home, flags):
     before = (home / "trained" / "log.jsonl").read_bytes()
-    line = complaint(train, "--resume", "--out", home / "trained", *flags)
-    assert flags[0] in line and str(home / "trained" / "last.pt") in line
+    line = complaint(train, "--resume", "--out", home / "trained", *flags.split())
+    assert flags.split()[0] in line and str(home / "trained" / "last.pt") in line
     assert (home / "trained" / "log.jsonl").read_bytes() == before
 
 

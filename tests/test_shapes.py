@@ -65,7 +65,8 @@ def test_the_folder_is_in_coco_layout_and_holds_what_was_drawn(tmp_path, few):
             rows = truth.of_image(i)
             assert truth.labels[rows].tolist() == [label for label, _ in objects]
             np.testing.assert_allclose(truth.boxes[rows], [box for _, box in objects], atol=0.011)
-            np.testing.assert_allclose(truth.areas[rows], [(x2 - x1) * (y2 - y1) for _, (x1, y1, x2, y2) in objects], rtol=0.01)
+            areas = [(x2 - x1) * (y2 - y1) for _, (x1, y1, x2, y2) in objects]
+            np.testing.assert_allclose(truth.areas[rows], areas, rtol=0.01)
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path, few):
