@@ -11,7 +11,8 @@ import torch
 
 from msad import align, checkpoint, distillation, evaluation, official, processes, settings as S, training as T
 from msad.annotations import InputError
-from msad.data import CocoDataset, TrainBatches, loader
+from msad.data import CocoDataset
+from msad.distillation import pyramid_l1, ramp
 from msad.log import Progress, introduce
 
 
@@ -39,52 +40,76 @@ def student_settings(given):
     return settings, teacher
 
 
-def run():
+def open_run():
+    """The settings of this run, its folder, the checkpoint it goes on from, if any, and the frozen teacher."""
     given, go_on = S.parse(Settings, __doc__)
     out = Path(given.get("out") or "runs/student")
-    saved = None
     if go_on and (out / "last.pt").exists():
         saved, settings = S.resume(Settings, given, out / "last.pt")
         teacher = checkpoint.load(settings.teacher, want="teacher")
     else:
-        settings, teacher = student_settings(given)
+        saved, (settings, teacher) = None, student_settings(given)
     if Path(settings.teacher).resolve().parent == out.resolve():
         raise InputError(f"--out {out}: the teacher is in there; choose another folder for the student")
     device, settings = T.start(settings)
-    out = T.open_folder(out, fresh=not go_on)
+    return settings, device, T.open_folder(out, fresh=not go_on), saved, distillation.freeze(teacher).to(device)
 
-    # Data: the student trains on the half of what the teacher sees, and is evaluated on images read at low resolution.
-    train, val = T.open_data(settings.data)
-    T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
+
+def open_sets(settings, train, val):
+    """For training what the teacher sees, for validation the same, and images read straight at low resolution."""
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
     high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
-    low_set = CocoDataset(val, (settings.test_side,), settings.long_side, low=settings.downsample)
+    return training_set, high_set, CocoDataset(val, (settings.test_side,), settings.long_side, settings.downsample)
 
-    # Models
-    teacher = distillation.freeze(teacher).to(device)
+
+def open_student(settings, saved, teacher, out):
+    """The student as its run left it, or a new one with the weights it starts from."""
     if saved:
-        student = checkpoint.restore(saved, out / "last.pt").to(device)
-    else:
-        student = checkpoint.build(S.model_config(settings, "low", train.classes)).to(device)
-        begin(student, teacher, settings)
+        return checkpoint.restore(saved, out / "last.pt")
+    student = checkpoint.build(S.model_config(settings, "low", teacher.config.classes))
+    line = "from random weights"
+    if settings.weights != "none":
+        line = distillation.start_from(student, teacher)
+    if settings.weights not in ("teacher", "none"):
+        official.load_backbone(student.backbone, settings)
+        line += f"; then the backbone from {settings.weights}"
+    if processes.is_main():
+        print(f"student   {line}")
+    return student
+
+
+def report(teacher_results, student_results=None):
+    """The teacher's numbers, and the student's below them."""
+    if processes.is_main():
+        rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
+        if student_results:
+            rows["student @ low"] = student_results["low"]
+        print(evaluation.table(rows), flush=True)
+
+
+def say_what_is_next(settings, out):
+    if processes.is_main():
+        data = f" --data {settings.data}" if settings.data else ""
+        print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}")
+        print(f"next: python evaluate.py --ckpt {out / 'last.pt'}{data}")
+
+
+def run():
+    settings, device, out, saved, teacher = open_run()
+    train, val = T.open_data(settings.data)
+    T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
+    training_set, high_set, low_set = open_sets(settings, train, val)
+    student = open_student(settings, saved, teacher, out).to(device)
     network = processes.parallel(student)
     optimizer = T.optimizer_for(student, settings)
     start, log = T.continue_from(saved, optimizer, out)
     autocast = T.autocast_for(device, settings.precision)
     introduce(settings, student, train, val, device, out)
 
-    def evaluate(model, dataset):
-        branches, images = sorted(model.branches), settings.batch // processes.count()
-        results = evaluation.evaluate(model, dataset, branches, images, settings.workers, autocast)
-        return {branch: metrics for branch, (metrics, _) in results.items()}
-
-    teacher_results = saved["training"]["teacher"] if saved else evaluate(teacher, high_set)
-    if processes.is_main():
-        teacher_rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
-        print(evaluation.table(teacher_rows), flush=True)
-
-    batches = TrainBatches(train, settings.batch, settings.seed, start, processes.rank(), processes.count())
-    batches = iter(loader(training_set, batches, teacher.multiple, settings.workers, device))
+    evaluate = lambda: T.evaluate(student, low_set, settings, autocast)
+    teacher_results = saved["training"]["teacher"] if saved else T.evaluate(teacher, high_set, settings, autocast)
+    report(teacher_results)
+    batches = T.batches(training_set, teacher.multiple, settings, start, device)
     progress = Progress(settings, start)
     interrupt = T.Interrupt()
     student.train()
@@ -98,8 +123,7 @@ def run():
         if settings.kd:
             with torch.no_grad(), autocast():
                 fused = teacher.pyramids(high, ["fused"])["fused"]
-            weight = settings.kd * distillation.ramp(iteration, settings.kd_ramp)
-            losses["kd"] = weight * distillation.pyramid_l1(pyramids["low"], fused)
+            losses["kd"] = settings.kd * ramp(iteration, settings.kd_ramp) * pyramid_l1(pyramids["low"], fused)
         loss = sum(losses.values())
         lr = T.lr_at(settings, iteration)
         T.step(student, optimizer, loss, losses, lr, settings.clip, iteration)
@@ -108,7 +132,7 @@ def run():
         log.losses(iteration, loss, losses, lr, settings.log_every)
         done = iteration + 1
         if done % settings.eval_every == 0 and done < settings.iters:
-            log.results(done, evaluate(student, low_set))
+            log.results(done, evaluate())
         if done % settings.save_every == 0 or done == settings.iters or interrupt.asked:
             T.save(out, student, optimizer, settings, done, log, teacher=teacher_results)
         if interrupt.asked and done < settings.iters:
@@ -116,25 +140,10 @@ def run():
     progress.close()
     interrupt.release()
 
-    results = evaluate(student, low_set)
+    results = evaluate()
     log.results(settings.iters, results)
-    if processes.is_main():
-        print(evaluation.table(teacher_rows | {"student @ low": results["low"]}))
-        print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}")
-        data = f" --data {settings.data}" if settings.data else ""
-        print(f"next: python evaluate.py --ckpt {out / 'last.pt'}{data}")
-
-
-def begin(student, teacher, settings):
-    """Give a new student the weights it starts from, and say which those are."""
-    line = "from random weights"
-    if settings.weights != "none":
-        line = distillation.start_from(student, teacher)
-    if settings.weights not in ("teacher", "none"):
-        official.load_backbone(student.backbone, settings)
-        line += f"; then the backbone from {settings.weights}"
-    if processes.is_main():
-        print(f"student   {line}")
+    report(teacher_results, results)
+    say_what_is_next(settings, out)
 
 
 if __name__ == "__main__":

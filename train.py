@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msad import checkpoint, evaluation, official, processes, settings as S, training as T
-from msad.data import CocoDataset, TrainBatches, loader
+from msad.data import CocoDataset
 from msad.log import Progress, introduce
 
 # L_teacher = L_det(H) + L_det(L) + 0.4 L_det(fused); a single resolution counts fully.
@@ -28,26 +28,42 @@ def kind_of(res, no_align):
     return res
 
 
-def run():
+def open_run():
+    """The settings of this run, its folder, and the checkpoint it goes on from, if any."""
     given, go_on = S.parse(Settings, __doc__)
-    kind = kind_of(given.get("res", "multi"), given.get("no_align", False))
-    out = Path(given.get("out") or f"runs/{kind}")
-    saved = None
+    out = Path(given.get("out") or f"runs/{kind_of(given.get('res', 'multi'), given.get('no_align', False))}")
     if go_on and (out / "last.pt").exists():
         saved, settings = S.resume(Settings, given, out / "last.pt")
-        kind = kind_of(settings.res, settings.no_align)
     else:
-        settings = S.settle(Settings, given)
+        saved, settings = None, S.settle(Settings, given)
     device, settings = T.start(settings)
-    out = T.open_folder(out, fresh=not go_on)
+    return settings, device, T.open_folder(out, fresh=not go_on), saved
 
-    # Data: two COCO splits, a low-resolution model reads them at low resolution.
-    train, val = T.open_data(settings.data)
+
+def open_sets(settings, kind, train, val):
+    """Both splits at the network's size; a low-resolution model reads them at low resolution."""
     low = settings.downsample if kind == "low" else ""
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, low, flip=True)
-    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, low)
+    return training_set, CocoDataset(val, (settings.test_side,), settings.long_side, low)
 
-    # Model
+
+def report(results, kind, settings, out):
+    """The last lines: what was reached, where it lies, what to do next."""
+    print(evaluation.table({f"{kind} @ {branch}": metrics for branch, metrics in results.items()}))
+    print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}")
+    data = f" --data {settings.data}" if settings.data else ""
+    if kind == "teacher":
+        recipe = f" --recipe {settings.recipe}" if data else ""
+        print(f"next: python distill.py --teacher {out / 'last.pt'}{data}{recipe}")
+    else:
+        print(f"next: python evaluate.py --ckpt {out / 'last.pt'}{data}")
+
+
+def run():
+    settings, device, out, saved = open_run()
+    kind = kind_of(settings.res, settings.no_align)
+    train, val = T.open_data(settings.data)
+    training_set, validation_set = open_sets(settings, kind, train, val)
     if saved:
         model = checkpoint.restore(saved, out / "last.pt").to(device)
         T.check_classes("the data", train.classes, "the checkpoint", model.config.classes)
@@ -60,13 +76,8 @@ def run():
     autocast = T.autocast_for(device, settings.precision)
     introduce(settings, model, train, val, device, out)
 
-    def evaluate():
-        branches, images = sorted(model.branches), settings.batch // processes.count()
-        results = evaluation.evaluate(model, validation_set, branches, images, settings.workers, autocast)
-        return {branch: metrics for branch, (metrics, _) in results.items()}
-
-    batches = TrainBatches(train, settings.batch, settings.seed, start, processes.rank(), processes.count())
-    batches = iter(loader(training_set, batches, model.multiple, settings.workers, device))
+    evaluate = lambda: T.evaluate(model, validation_set, settings, autocast)
+    batches = T.batches(training_set, model.multiple, settings, start, device)
     progress = Progress(settings, start)
     interrupt = T.Interrupt()
     model.train()
@@ -95,15 +106,7 @@ def run():
     results = evaluate()
     log.results(settings.iters, results)
     if processes.is_main():
-        last = out / "last.pt"
-        print(evaluation.table({f"{kind} @ {branch}": metrics for branch, metrics in results.items()}))
-        print(f"checkpoint {last}, log {out / 'log.jsonl'}")
-        data = f" --data {settings.data}" if settings.data else ""
-        if kind == "teacher":
-            recipe = f" --recipe {settings.recipe}" if data else ""
-            print(f"next: python distill.py --teacher {last}{data}{recipe}")
-        else:
-            print(f"next: python evaluate.py --ckpt {last}{data}")
+        report(results, kind, settings, out)
 
 
 if __name__ == "__main__":

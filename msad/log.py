@@ -1,4 +1,4 @@
-"""What a run tells: its first lines, a bar while it goes, and a log that another run of the same seed repeats exactly."""
+"""What a run tells: its first lines, a bar while it goes, and a log that another run of the same seed repeats."""
 
 import json
 import time

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import annotations, checkpoint, processes, shapes
+from . import annotations, checkpoint, evaluation, processes, shapes
 from .annotations import InputError
+from .data import TrainBatches, loader
 from .log import Log
 from .settings import check_settings
 
@@ -132,6 +133,21 @@ def autocast_for(device, precision):
     if precision == "fp32":
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def batches(dataset, multiple, settings, start, device):
+    """This process's part of every batch from iteration `start` on, without an end."""
+    order = TrainBatches(
+        dataset.annotations, settings.batch, settings.seed, start, processes.rank(), processes.count()
+    )
+    return iter(loader(dataset, order, multiple, settings.workers, device))
+
+
+def evaluate(model, dataset, settings, autocast):
+    """{branch: metrics} of all of a model's branches."""
+    branches, images = sorted(model.branches), settings.batch // processes.count()
+    results = evaluation.evaluate(model, dataset, branches, images, settings.workers, autocast)
+    return {branch: metrics for branch, (metrics, _) in results.items()}
 
 
 def save(out, model, optimizer, settings, done, log, **more):
