@@ -49,7 +49,9 @@ class Annotations:
 
     def summary(self):
         """One line: what is there, and what was left out."""
-        line = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.classes)} classes"
+        empty = int((np.diff(self.starts) == 0).sum())
+        line = f"{len(self)} images ({empty} without boxes), {len(self.boxes)} boxes ({int(self.crowd.sum())} crowd)"
+        line += f", {len(self.classes)} classes"
         left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(self.skipped.items()))
         return f"{line}; left out: {left_out}" if left_out else line
 

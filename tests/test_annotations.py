@@ -46,7 +46,10 @@ def test_packed_arrays_equal_a_plain_reading(tmp_path, seed):
     assert read.classes == tuple({"id": i, "name": f"class {i}"} for i in (3, 17, 90))
     assert read.sizes.tolist() == [[i["height"], i["width"]] for i in content["images"]]
     assert [read.path(i) for i in range(len(read))] == [tmp_path / "train" / i["file_name"] for i in content["images"]]
-    assert read.skipped == {} and read.summary() == "6 images, 25 boxes, 3 classes"
+    empty = len(content["images"]) - len({a["image_id"] for a in content["annotations"]})
+    crowd = sum(a.get("iscrowd", 0) for a in content["annotations"])
+    assert read.skipped == {}
+    assert read.summary() == f"6 images ({empty} without boxes), 25 boxes ({crowd} crowd), 3 classes"
 
 
 def test_names_may_be_foreign_or_in_subfolders(tmp_path):
