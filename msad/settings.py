@@ -83,7 +83,7 @@ SMALL = Recipe(
     warmup=50,
     clip=5.0,
     workers=0,
-    eval_every=1000,
+    eval_every=2000,
     save_every=250,
 )
 RECIPES = {"small": SMALL, "coco": COCO}
