@@ -30,8 +30,9 @@ def parse():
 
 def run():
     args = parse()
-    if args.batch < 1:
-        raise InputError("--batch must be at least 1")
+    for name, value, least in (("--batch", args.batch, 1), ("--workers", args.workers, 0)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}")
     device = processes.device_of(args.device)
     processes.start(device)
     autocast = T.autocast_for(device, T.precision_of(device, args.precision))

@@ -100,9 +100,9 @@ def _pack(content, path, folder):
     _check_images(images, image_ids, sizes, path, folder)
     names = [image["file_name"].encode() for image in images]
 
-    box = np.fromiter((x for a in annotations for x in a["bbox"]), np.float64)
-    if box.size != 4 * len(annotations):
+    if any(len(a["bbox"]) != 4 for a in annotations):
         raise ValueError("a bbox does not have four numbers")
+    box = np.fromiter((x for a in annotations for x in a["bbox"]), np.float64, 4 * len(annotations))
     box = box.reshape(-1, 4)
     category = _column(annotations, "category_id")
     image_id = _column(annotations, "image_id")
@@ -190,19 +190,23 @@ def _check_images(images, image_ids, sizes, path, folder):
         raise InputError(f"{path}: image id {image_ids[(sizes <= 0).any(1)][0]} has no height or width")
     names = [image["file_name"] for image in images]
     present = {entry.name for entry in os.scandir(folder)}
-    missing = []
-    for name in names:
-        if name in present:
-            continue
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{path}: file_name {name!r} points outside {folder}; name files inside it")
-        if not (folder / name).is_file():
-            missing.append(name)
+    missing = [name for name in names if name not in present and not _is_inside(folder, name, path)]
     if missing:
+        shown = repr(str(folder / missing[0]))[1:-1]
         raise InputError(
-            f"{folder / missing[0]}: missing ({len(missing)} of {len(names)} images of {path.name} are); "
+            f"{shown}: missing ({len(missing)} of {len(names)} images of {path.name} are); "
             "complete the folder or remove their entries"
         )
+
+
+def _is_inside(folder, name, path):
+    """Whether a name that leads through subfolders is a file's. Raises InputError if it leads out of the folder."""
+    try:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path}: file_name {name!r} points outside {folder}; name files inside it")
+        return (folder / name).is_file()
+    except OSError as error:
+        raise InputError(f"{path}: file_name {name[:50]!r} cannot be a file's ({error.strerror})") from None
 
 
 def _first_fault(content):

@@ -109,7 +109,7 @@ def restore(content, path):
     try:
         model = build(content["config"])
         model.load_state_dict(content["model"])
-    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: its tensors do not fit its description: {reason[:300]}") from None
     return model.eval()

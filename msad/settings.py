@@ -5,6 +5,7 @@ recipe's. A resumed run takes all of them from its checkpoint and refuses to be 
 """
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from . import checkpoint, processes
@@ -181,10 +182,13 @@ def resume(kind, given, path):
 
 def check_settings(settings):
     """Raise InputError for values that no run can be made of."""
-    counts = ("iters", "batch", "fpn_channels", "head_channels", "eval_every", "save_every", "log_every", "test_side")
-    for name in counts:
-        if getattr(settings, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    at_least = dict.fromkeys(("iters", "batch", "fpn_channels", "head_channels", "head_convs", "pad"), 1)
+    at_least |= dict.fromkeys(("short_sides", "test_side", "long_side", "eval_every", "save_every", "log_every"), 1)
+    at_least |= dict.fromkeys(("seed", "workers", "warmup", "lr", "weight_decay", "clip", "object_scale"), 0)
+    for name, least in at_least.items():
+        value = getattr(settings, name)
+        if not all(least <= v < math.inf for v in (value if isinstance(value, tuple) else (value,))):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}, and finite")
     multiple = HEADS[settings.head].channel_multiple
     if settings.head_channels % multiple:
         raise InputError(f"--head-channels must be a multiple of {multiple} for {settings.head}")
