@@ -12,14 +12,15 @@ import torch
 from msad import align, checkpoint, distillation, evaluation, official, processes, settings as S, training as T
 from msad.annotations import InputError
 from msad.data import CocoDataset
-from msad.distillation import pyramid_l1, ramp
+from msad.distillation import LOSSES, ramp
 from msad.log import Progress, introduce
 
 
 @dataclass(frozen=True)
 class Settings(S.Recipe):
     teacher: str = S.option("", "the teacher's checkpoint (needed)")
-    kd: float = S.option(0.6, "weight of the distillation loss: alpha 0.2 times tau 3 in the paper; 0 turns it off")
+    kd_loss: str = S.option("l1", "distance of the pyramids: the paper's l1, or PKD's correlation", tuple(LOSSES))
+    kd: float = S.option(0.6, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off")
     kd_ramp: int = S.option(500, "iterations until the distillation has its full weight")
     weights: str = S.option("teacher", "start: teacher, none, or with a backbone from imagenet or a FILE [teacher]")
 
@@ -104,6 +105,7 @@ def run():
     optimizer = T.optimizer_for(student, settings)
     start, log = T.continue_from(saved, optimizer, out)
     autocast = T.autocast_for(device, settings.precision)
+    kd_loss = LOSSES[settings.kd_loss]
     introduce(settings, student, train, val, device, out)
 
     evaluate = lambda: T.evaluate(student, low_set, settings, autocast)
@@ -123,7 +125,7 @@ def run():
         if settings.kd:
             with torch.no_grad(), autocast():
                 fused = teacher.pyramids(high, ["fused"])["fused"]
-            losses["kd"] = settings.kd * ramp(iteration, settings.kd_ramp) * pyramid_l1(pyramids["low"], fused)
+            losses["kd"] = settings.kd * ramp(iteration, settings.kd_ramp) * kd_loss(pyramids["low"], fused)
         loss = sum(losses.values())
         lr = T.lr_at(settings, iteration)
         T.step(student, optimizer, loss, losses, lr, settings.clip, iteration)

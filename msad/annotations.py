@@ -5,10 +5,14 @@ counted, and the summary names every count. Packed arrays instead of a list of d
 nothing in them has a reference count that would copy shared memory.
 """
 
+import contextlib
+import gc
 import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +76,24 @@ def find(data, split):
 def read(data, split):
     """Read a split of a COCO-layout folder. Raises InputError; see the module's header."""
     path, folder = find(data, split)
-    content = _load_json(path)
+    with _uncollected():
+        content = _load_json(path)
+        try:
+            return _pack(content, path, folder)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise InputError(f"{path}: {_first_fault(content) or f'not in COCO format ({error!r})'}") from None
+
+
+@contextlib.contextmanager
+def _uncollected():
+    """No garbage collection: it would walk through a million entries again and again, and none of them is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return _pack(content, path, folder)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise InputError(f"{path}: {_first_fault(content) or f'not in COCO format ({error!r})'}") from None
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _load_json(path):
@@ -102,8 +119,8 @@ def _pack(content, path, folder):
 
     if any(len(a["bbox"]) != 4 for a in annotations):
         raise ValueError("a bbox does not have four numbers")
-    box = np.fromiter((x for a in annotations for x in a["bbox"]), np.float64, 4 * len(annotations))
-    box = box.reshape(-1, 4)
+    numbers = chain.from_iterable(map(itemgetter("bbox"), annotations))
+    box = np.fromiter(numbers, np.float64, 4 * len(annotations)).reshape(-1, 4)
     category = _column(annotations, "category_id")
     image_id = _column(annotations, "image_id")
     crowd = np.fromiter((bool(a.get("iscrowd", 0)) for a in annotations), bool, len(annotations))
@@ -164,7 +181,7 @@ def _positions(values, table):
 
 def _column(entries, key):
     """One whole number of every entry. Raises TypeError or ValueError where it is something else."""
-    values = np.fromiter((entry[key] for entry in entries), np.float64, len(entries))
+    values = np.fromiter(map(itemgetter(key), entries), np.float64, len(entries))
     if not (np.abs(values) < 2**53).all() or (values % 1).any():
         raise ValueError(f"{key} is not a whole number")
     return values.astype(np.int64)

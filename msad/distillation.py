@@ -27,6 +27,24 @@ def pyramid_l1(student, fused):
     return torch.stack([(s.float() - f.float()).abs().mean() for s, f in zip(student, fused)]).sum()
 
 
+def pyramid_pkd(student, fused):
+    """Two lists of five maps (N,C,h,w) -> the sum over levels of the mean squared difference once every channel is
+    standardised over the batch and all places: 2 (1 - its Pearson correlation), whatever the scale of the features.
+
+    Not the paper's: after PKD (Cao et al., NeurIPS 2022), offered beside it.
+    """
+    align.check_pyramids(fused, student)
+    return torch.stack([(_standardized(s) - _standardized(f)).square().mean() for s, f in zip(student, fused)]).sum()
+
+
+def _standardized(x):
+    variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0, keepdim=True)
+    return (x - mean) / (variance + 1e-6).sqrt()
+
+
+LOSSES = {"l1": pyramid_l1, "pkd": pyramid_pkd}
+
+
 def ramp(iteration, length=500):
     """The weight of the distillation loss: 0 at the start, 1 from `length` iterations on."""
     return min(1.0, iteration / length) if length else 1.0

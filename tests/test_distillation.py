@@ -1,11 +1,12 @@
 """The student: its loss and ramp by hand, a teacher that stays as it is, and a start from what fits."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_model
 
 from msad import align
-from msad.distillation import freeze, pyramid_l1, ramp, start_from
+from msad.distillation import LOSSES, freeze, pyramid_l1, pyramid_pkd, ramp, start_from
 
 SIZES = [(8, 6), (4, 3), (2, 2), (1, 1), (1, 1)]
 
@@ -51,10 +52,28 @@ def test_the_gradient_goes_to_the_student():
         torch.testing.assert_close(s.grad, (s - f).detach().sign() / s.numel())
 
 
-def test_pyramids_must_have_the_same_levels():
+def test_pkd_is_two_minus_twice_each_channel_s_correlation():
+    torch.manual_seed(0)
+    student, fused = ([torch.randn(3, 4, h, w).double() for h, w in SIZES] for _ in range(2))
+    fused = [f + s for s, f in zip(student, fused)]
+    channels = [[(s[:, c].flatten(), f[:, c].flatten()) for c in range(4)] for s, f in zip(student, fused)]
+    expected = sum(np.mean([2 - 2 * np.corrcoef(s, f)[0, 1] for s, f in level]) for level in channels)
+    assert pyramid_pkd(student, fused).item() == pytest.approx(expected, rel=1e-4)
+    scaled = [7 * f - 3 for f in fused]
+    assert pyramid_pkd(student, scaled).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_pkd_of_channels_that_are_constant_is_finite():
+    student = [torch.zeros(2, 4, h, w, requires_grad=True) for h, w in SIZES]
+    pyramid_pkd(student, random_pyramids()[0]).backward()
+    assert all(s.grad.isfinite().all() for s in student)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_pyramids_must_have_the_same_levels(name):
     student, fused = random_pyramids()
     with pytest.raises(ValueError):
-        pyramid_l1(student, fused[:4])
+        LOSSES[name](student, fused[:4])
 
 
 def test_ramp_by_hand():
