@@ -42,7 +42,7 @@ def student_settings(given):
 
 
 def open_run():
-    """The settings of this run, its folder, the checkpoint it goes on from, if any, and the frozen teacher."""
+    """The settings of this run, its folder, the checkpoint it goes on from, if any, and the teacher."""
     given, go_on = S.parse(Settings, __doc__)
     out = Path(given.get("out") or "runs/student")
     if go_on and (out / "last.pt").exists():
@@ -53,7 +53,7 @@ def open_run():
     if Path(settings.teacher).resolve().parent == out.resolve():
         raise InputError(f"--out {out}: the teacher is in there; choose another folder for the student")
     device, settings = T.start(settings)
-    return settings, device, T.open_folder(out, fresh=not go_on), saved, distillation.freeze(teacher).to(device)
+    return settings, device, T.open_folder(out, fresh=not go_on), saved, teacher
 
 
 def open_sets(settings, train, val):
@@ -101,6 +101,7 @@ def run():
     T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
     training_set, high_set, low_set = open_sets(settings, train, val)
     student = open_student(settings, saved, teacher, out).to(device)
+    teacher = distillation.freeze(teacher).to(device)
     network = processes.parallel(student)
     optimizer = T.optimizer_for(student, settings)
     start, log = T.continue_from(saved, optimizer, out)

@@ -13,8 +13,8 @@ from . import align
 
 
 def freeze(teacher):
-    """Make a teacher a constant: no gradients, eval mode."""
-    return teacher.requires_grad_(False).eval()
+    """A teacher as a constant: no gradients, eval mode, BatchNorm folded into the convolutions."""
+    return teacher.folded().requires_grad_(False)
 
 
 def pyramid_l1(student, fused):
@@ -52,7 +52,7 @@ def ramp(iteration, length=500):
 
 @torch.no_grad()
 def start_from(student, teacher):
-    """Copy every tensor of the teacher that the student has by name and shape.
+    """Copy every tensor of the teacher, not frozen yet, that the student has by name and shape.
 
     Returns one line saying what was taken, what of the teacher was not, and what of the student starts afresh.
     """

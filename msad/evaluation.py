@@ -18,8 +18,7 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
 
     `metrics` is as in `coco_metrics`, `detections` a list of (index, dict of arrays) as in `detect`.
     """
-    was_training = model.training
-    model.eval()
+    model = model.folded()
     device = model.mean.device
     batches = EvalBatches(dataset, batch, model.multiple, processes.rank(), processes.count())
     found = {branch: [] for branch in branches}
@@ -32,7 +31,6 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
         for branch in branches:
             arrays = [{k: v.float().cpu().numpy() for k, v in d.items()} for d in detections[branch]]
             found[branch] += zip(data.indices, arrays)
-    model.train(was_training)
     found = {branch: sorted(processes.gather(pairs), key=lambda pair: pair[0]) for branch, pairs in found.items()}
     return {branch: (coco_metrics(dataset.annotations, pairs), pairs) for branch, pairs in found.items()}
 

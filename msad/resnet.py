@@ -5,6 +5,7 @@ floor(w * C) channels of every layer, which is also how the paper's slimmable ba
 """
 
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 LAYERS = {
     "resnet18": (2, 2, 2, 2),
@@ -96,3 +97,14 @@ class ResNet(nn.Module):
             x = layer(x)
             maps.append(x)
         return maps
+
+
+def fold_batchnorm(module):
+    """In place: every BatchNorm becomes part of the convolution registered right before it. For inference only."""
+    name = before = None
+    for next_name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, fuse_conv_bn_eval(before, child))
+            setattr(module, next_name, nn.Identity())
+        fold_batchnorm(child)
+        name, before = next_name, child

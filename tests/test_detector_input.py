@@ -64,6 +64,24 @@ def test_the_memory_layout_changes_nothing(kind):
             torch.testing.assert_close(last[branch][key], first[branch][key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind, backbone", [("teacher", "resnet18"), ("conventional", "resnet50"), ("low", "resnet50")])
+def test_folding_batchnorm_changes_nothing_but_the_work(kind, backbone):
+    model = tiny_model(kind, backbone=backbone)
+    folded = model.train().folded()
+    assert model.training and any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    model.eval()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules()) and not folded.training
+    assert folded.backbone.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 128, 192)
+    with torch.no_grad():
+        (pyramids, outputs), (expected, expected_outputs) = folded(images), model(images)
+    for branch in model.branches:
+        for level, wanted in zip(pyramids[branch], expected[branch], strict=True):
+            assert (level - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        for key in ("logits", "boxes", "centerness"):
+            torch.testing.assert_close(outputs[branch][key], expected_outputs[branch][key], rtol=1e-3, atol=1e-3)
+
+
 @torch.no_grad()
 def test_several_branches_at_once_equal_each_alone():
     model = tiny_model("teacher")

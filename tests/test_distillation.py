@@ -96,9 +96,9 @@ def training_step(student, teacher):
 
 
 def test_a_frozen_teacher_is_the_same_to_the_bit_after_a_training_step():
-    teacher = freeze(tiny_model("teacher").train())
-    student = tiny_model("low", seed=1)
+    teacher, student = tiny_model("teacher").train(), tiny_model("low", seed=1)
     start_from(student, teacher)
+    teacher = freeze(teacher)
     student.train()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     students = {key: value.clone() for key, value in student.state_dict().items()}
