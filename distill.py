@@ -88,10 +88,10 @@ def report(teacher_results, student_results=None):
         print(evaluation.table(rows), flush=True)
 
 
-def say_what_is_next(settings, out):
+def say_what_is_next(settings, out, drawn):
     if processes.is_main():
         data = f" --data {settings.data}" if settings.data else ""
-        print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}")
+        print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}\n{drawn}")
         print(f"next: python evaluate.py --ckpt {out / 'last.pt'}{data}")
 
 
@@ -105,6 +105,7 @@ def run():
     network = processes.parallel(student)
     optimizer = T.optimizer_for(student, settings)
     start, log = T.continue_from(saved, optimizer, out)
+    update = T.Update(student, optimizer, settings, device)
     autocast = T.autocast_for(device, settings.precision)
     kd_loss = LOSSES[settings.kd_loss]
     introduce(settings, student, train, val, device, out)
@@ -128,8 +129,7 @@ def run():
                 fused = teacher.pyramids(high, ["fused"])["fused"]
             losses["kd"] = settings.kd * ramp(iteration, settings.kd_ramp) * kd_loss(pyramids["low"], fused)
         loss = sum(losses.values())
-        lr = T.lr_at(settings, iteration)
-        T.step(student, optimizer, loss, losses, lr, settings.clip, iteration)
+        lr = update(iteration, loss, losses)
 
         progress.show(iteration, loss, losses)
         log.losses(iteration, loss, losses, lr, settings.log_every)
@@ -137,7 +137,7 @@ def run():
         if done % settings.eval_every == 0 and done < settings.iters:
             log.results(done, evaluate())
         if done % settings.save_every == 0 or done == settings.iters or interrupt.asked:
-            T.save(out, student, optimizer, settings, done, log, teacher=teacher_results)
+            T.save(out, student, update, done, log, teacher=teacher_results)
         if interrupt.asked and done < settings.iters:
             return T.say_how_to_go_on("distill.py", out, done)
     progress.close()
@@ -146,7 +146,8 @@ def run():
     results = evaluate()
     log.results(settings.iters, results)
     report(teacher_results, results)
-    say_what_is_next(settings, out)
+    columns = pictures.readings("teacher", teacher, ["fused", "low"]) | pictures.readings("student", student, ["low"])
+    say_what_is_next(settings, out, T.draw(out, val, columns, autocast))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from msad import checkpoint, evaluation, official, processes, settings as S, training as T
+from msad import checkpoint, evaluation, official, pictures, processes, settings as S, training as T
 from msad.data import CocoDataset
 from msad.log import Progress, introduce
 
@@ -47,10 +47,10 @@ def open_sets(settings, kind, train, val):
     return training_set, CocoDataset(val, (settings.test_side,), settings.long_side, low)
 
 
-def report(results, kind, settings, out):
+def report(results, kind, settings, out, drawn):
     """The last lines: what was reached, where it lies, what to do next."""
     print(evaluation.table({f"{kind} @ {branch}": metrics for branch, metrics in results.items()}))
-    print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}")
+    print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}\n{drawn}")
     data = f" --data {settings.data}" if settings.data else ""
     if kind == "teacher":
         recipe = f" --recipe {settings.recipe}" if data else ""
@@ -73,6 +73,7 @@ def run():
     network = processes.parallel(model)
     optimizer = T.optimizer_for(model, settings)
     start, log = T.continue_from(saved, optimizer, out)
+    update = T.Update(model, optimizer, settings, device)
     autocast = T.autocast_for(device, settings.precision)
     introduce(settings, model, train, val, device, out)
 
@@ -88,8 +89,7 @@ def run():
             pyramids, outputs = network(model.normalize(batch.images, batch.sizes))
         losses = model.losses(outputs, batch.boxes, batch.labels)
         loss = sum(WEIGHT[name.split("/")[0]] * value for name, value in losses.items())
-        lr = T.lr_at(settings, iteration)
-        T.step(model, optimizer, loss, losses, lr, settings.clip, iteration)
+        lr = update(iteration, loss, losses)
 
         progress.show(iteration, loss, losses)
         log.losses(iteration, loss, losses, lr, settings.log_every)
@@ -97,7 +97,7 @@ def run():
         if done % settings.eval_every == 0 and done < settings.iters:
             log.results(done, evaluate())
         if done % settings.save_every == 0 or done == settings.iters or interrupt.asked:
-            T.save(out, model, optimizer, settings, done, log)
+            T.save(out, model, update, done, log)
         if interrupt.asked and done < settings.iters:
             return T.say_how_to_go_on("train.py", out, done)
     progress.close()
@@ -105,8 +105,9 @@ def run():
 
     results = evaluate()
     log.results(settings.iters, results)
+    drawn = T.draw(out, val, pictures.readings(kind, model, sorted(model.branches)), autocast)
     if processes.is_main():
-        report(results, kind, settings, out)
+        report(results, kind, settings, out, drawn)
 
 
 if __name__ == "__main__":

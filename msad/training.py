@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import annotations, checkpoint, evaluation, processes, shapes
+from . import annotations, checkpoint, curve, evaluation, pictures, processes, shapes
 from .annotations import InputError
 from .data import TrainBatches, loader
 from .log import Log
@@ -75,7 +75,7 @@ def open_folder(out, fresh):
 
 def keep_earlier(out):
     """Give the files of an earlier run a number of their own."""
-    files = [path for path in (out / "last.pt", out / "log.jsonl") if path.exists()]
+    files = [out / name for name in ("last.pt", "log.jsonl", "curve.png", "sheet.jpg") if (out / name).exists()]
     if files:
         number = 1
         while any(path.with_stem(f"{path.stem}.{number}").exists() for path in files):
@@ -106,20 +106,47 @@ def lr_at(settings, iteration):
     return settings.lr * warm * 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
 
 
-def step(model, optimizer, loss, losses, lr, clip, iteration):
-    """Backward and one update. A loss or gradient that is not finite stops the run before the weights change."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    if not (loss.isfinite() and norm.isfinite()):
-        parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-        raise InputError(
-            f"iteration {iteration}: the loss or its gradient is not finite ({parts}, gradient {norm.item():g}); "
-            "the last checkpoint is good: start again with a lower --lr"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+class Update:
+    """One step of the optimizer, and the watch over it: a loss or gradient that is not finite stops the run.
+
+    Asking a GPU for a number makes the host wait, so this is asked only where the log reads numbers anyway, and before
+    a checkpoint. Until then the fused optimizers, told so on the device, leave the weights as they are.
+    """
+
+    def __init__(self, model, optimizer, settings, device):
+        self.parameters, self.optimizer, self.settings = list(model.parameters()), optimizer, settings
+        self.every = settings.log_every if device.type == "cuda" else 1
+        self.seen = None  # iteration, loss, its parts, norm of the gradient: of the last step, or of the first bad one
+        optimizer.found_inf = torch.zeros((), device=device)
+
+    def __call__(self, iteration, loss, losses):
+        """Backward and one step -> the learning rate. Raises InputError."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
+        lr = lr_at(self.settings, iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        parts = [torch.full_like(norm, iteration), loss, *losses.values(), norm]
+        now = torch.stack([part.detach().float() for part in parts])
+        self.names = ["loss", *losses, "gradient"]
+        stopped = self.optimizer.found_inf
+        self.seen = now if self.seen is None else torch.where(stopped > 0, self.seen, now)
+        self.optimizer.found_inf = torch.maximum(stopped, (~now.isfinite().all()).float())
+        if iteration % self.every == 0:
+            self.check()
+        self.optimizer.step()
+        return lr
+
+    def check(self):
+        """Raise InputError if any step so far was not finite."""
+        if self.optimizer.found_inf:
+            iteration, *values = self.seen.tolist()
+            parts = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values))
+            raise InputError(
+                f"iteration {iteration:.0f}: the loss or its gradient is not finite ({parts}); "
+                "the last checkpoint is good: start again with a lower --lr"
+            )
 
 
 def precision_of(device, wanted):
@@ -150,11 +177,29 @@ def evaluate(model, dataset, settings, autocast):
     return {branch: metrics for branch, (metrics, _) in results.items()}
 
 
-def save(out, model, optimizer, settings, done, log, **more):
+def save(out, model, update, done, log, **more):
     """Write OUT/last.pt after `done` iterations, with everything a resumed run needs."""
+    update.check()
     if processes.is_main():
-        state = {"done": done, "optimizer": optimizer.state_dict(), "log": log.length(), "settings": asdict(settings)}
-        checkpoint.save(out / "last.pt", model, state | more)
+        state = {"done": done, "optimizer": update.optimizer.state_dict(), "log": log.length()}
+        checkpoint.save(out / "last.pt", model, state | {"settings": asdict(update.settings)} | more)
+
+
+def draw(out, annotations, columns, autocast):
+    """Write OUT/curve.png and OUT/sheet.jpg -> a line that names them. A run never fails for a picture's sake.
+
+    `columns` are pictures.readings; their models are left in eval mode.
+    """
+    if not processes.is_main():
+        return ""
+    try:
+        for model, _ in columns.values():
+            model.eval()
+        curve.draw(out / "log.jsonl").save(out / "curve.png")
+        pictures.sheet(annotations, columns, autocast).save(out / "sheet.jpg", quality=92, subsampling=0)
+    except Exception as error:  # whatever it is, the checkpoint is written and the results are known
+        return f"pictures could not be drawn ({type(error).__name__}: {error})"
+    return f"pictures {out / 'curve.png'}, {out / 'sheet.jpg'}"
 
 
 def continue_from(saved, optimizer, out):

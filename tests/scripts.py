@@ -2,10 +2,21 @@
 
 import contextlib
 import io
+import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+
+import distill
+import torch
+import train
+from folders import draw_rectangles
+from tqdm import tqdm
 
 from msad import training
 
@@ -17,6 +28,7 @@ TINY = (
     "--head-channels 64 --head-convs 1 --warmup 2 --save-every 2 --eval-every 2 --log-every 1 "
     "--precision fp32 --device cpu"
 ).split()
+LONG = [*TINY, "--iters", "20", "--save-every", "4", "--eval-every", "13"]
 
 
 def call(script, *flags):
@@ -60,3 +72,79 @@ def wait_for_lines(process, log, count):
             return
         time.sleep(0.005)
     raise AssertionError(f"the process ended early: {process.communicate()}")
+
+
+def fork(script, *flags, report=os.devnull, largest_file=resource.RLIM_INFINITY):
+    """Run a script in a fork of this process -> its process id, which is that of a process group too.
+
+    A fork is there at once, where a new process needs seconds to import torch. It leaves what `call` gives in the file
+    `report`, as JSON. No file can grow beyond `largest_file` bytes in it: to the script that is a full disk.
+    """
+    process = os.fork()
+    if process:
+        return process
+    code = 99
+    try:
+        os.setsid()
+        tqdm.set_lock(threading.RLock())  # its own is shared by forks: killed with it, one would lock all others
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+        outcome = call(script, *flags)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        Path(report).write_text(json.dumps(outcome))
+        code = outcome[0]
+    finally:
+        os._exit(code)
+
+
+def wait(process, happened):
+    """Until something happened, or the fork ended."""
+    while not happened() and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.0005)
+
+
+def kill(process):
+    """Kill a fork and its workers, which would notice only some seconds later -> its exit code, 0 if it had ended."""
+    os.kill(process, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+    assert code in (0, -signal.SIGKILL)
+    return code
+
+
+def runs(home):
+    """{name: (script, flags)} of what is interrupted."""
+    data = ["--data", home / "data"]
+    return {
+        "trained": (train, [*LONG, *data, "--res", "low"]),
+        "distilled": (distill, [*LONG, *data, "--kd-ramp", "20", "--teacher", home / "teacher" / "last.pt"]),
+    }
+
+
+def uninterrupted_runs(home):
+    """Fill a folder with a small data set, a teacher, and an uninterrupted run of either script."""
+    draw_rectangles(home / "data", {"train": 12, "val": 2})
+    succeed(train, *TINY, "--data", home / "data", "--out", home / "teacher")
+    for name, (script, flags) in runs(home).items():
+        succeed(script, *flags, "--out", home / name)
+    return home
+
+
+def assert_same_run(one, other):
+    """Weights, optimizer, counters and log of two folders are equal to the bit, after all 20 iterations."""
+    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
+
+    def same(a, b):
+        if torch.is_tensor(a):
+            return a.equal(b)
+        if isinstance(a, (dict, list, tuple)):
+            pairs = [(a[k], b[k]) for k in a] if isinstance(a, dict) else zip(a, b)
+            return len(a) == len(b) and all(same(x, y) for x, y in pairs)
+        return a == b
+
+    for content in (first, second):
+        assert content["training"]["done"] == 20
+        del content["training"]["settings"]  # --out and --workers may differ
+    assert same(first, second)
+    assert (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()

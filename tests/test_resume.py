@@ -6,53 +6,16 @@ import signal
 
 import distill
 import pytest
-import torch
 import train
-from folders import draw_rectangles
-from scripts import TINY, call, complaint, start, succeed, wait_for_lines
+from scripts import assert_same_run, call, complaint, runs, start, succeed, uninterrupted_runs, wait_for_lines
 
 from msad import checkpoint, training
-
-LONG = [*TINY, "--iters", "20", "--save-every", "4", "--eval-every", "13"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a small data set, a teacher, and an uninterrupted run of either script."""
-    home = tmp_path_factory.mktemp("home")
-    draw_rectangles(home / "data", {"train": 12, "val": 2})
-    succeed(train, *TINY, "--data", home / "data", "--out", home / "teacher")
-    for name, (script, flags) in runs(home).items():
-        succeed(script, *flags, "--out", home / name)
-    return home
-
-
-def runs(home):
-    """{name: (script, flags)} of what is interrupted."""
-    data = ["--data", home / "data"]
-    return {
-        "trained": (train, [*LONG, *data, "--res", "low"]),
-        "distilled": (distill, [*LONG, *data, "--kd-ramp", "20", "--teacher", home / "teacher" / "last.pt"]),
-    }
-
-
-def assert_same_run(one, other):
-    """Weights, optimizer, counters and log are equal to the bit."""
-    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
-
-    def same(a, b):
-        if torch.is_tensor(a):
-            return a.equal(b)
-        if isinstance(a, (dict, list, tuple)):
-            pairs = [(a[k], b[k]) for k in a] if isinstance(a, dict) else zip(a, b)
-            return len(a) == len(b) and all(same(x, y) for x, y in pairs)
-        return a == b
-
-    for content in (first, second):
-        assert content["training"]["done"] == 20
-        del content["training"]["settings"]  # --out and --workers may differ
-    assert same(first, second)
-    assert (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
+    return uninterrupted_runs(tmp_path_factory.mktemp("home"))
 
 
 def lines(out):
@@ -136,17 +99,17 @@ def test_resuming_the_other_script_s_run_is_refused(home, script, name):
 @pytest.mark.parametrize("name", ["trained", "distilled"])
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(home, tmp_path, monkeypatch, name):
     script, flags = runs(home)[name]
-    step, steps = training.step, []
+    step, steps = training.Update.__call__, []
 
-    def poisoned(model, optimizer, loss, losses, *rest):
+    def poisoned(update, iteration, loss, losses):
         steps.append(loss)
         if len(steps) == 10:
             losses["low/box"] = losses["low/box"] * float("nan")
             loss = sum(losses.values())
-        step(model, optimizer, loss, losses, *rest)
+        return step(update, iteration, loss, losses)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", poisoned)
+        patch.setattr(training.Update, "__call__", poisoned)
         line = complaint(script, *flags, "--out", tmp_path / "out")
     assert "iteration 9:" in line and "low/box nan" in line and "low/cls " in line and "low/centerness " in line
     assert len(steps) == 10 and checkpoint.read(tmp_path / "out" / "last.pt")["training"]["done"] == 8
