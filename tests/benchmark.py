@@ -1,7 +1,9 @@
-"""How fast this is beside torchvision's detectors at the same work: python tests/benchmark.py [--json FILE]
+"""How fast this is beside its peers at the same work: python tests/benchmark.py [--json FILE] [--only TEXT] [--runs N]
 
-Every row measures ours and its peer in turn in one process and compares medians. ResNet-50, 256 channels, 80 classes,
-512x768, all layers training, unless the row says otherwise. Run it on a machine that does nothing else.
+Every row measures ours and its peer in turn in one process and compares medians; peers of training and inference are
+torchvision's detectors. ResNet-50, 256 channels, 80 classes, 512x768, all layers training, batches of 2 in training and
+1 in inference, fp32, unless the row says otherwise. "of best" is ours beside the best 3x3 convolution (256 -> 256) of
+the same precision, measured in the same turns. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -9,158 +11,130 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
+import benchmark_data as data
+import benchmark_networks as net
 import torch
-import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+class Row(NamedTuple):
+    """What is measured: two makers of functions to time in turn, or one function that gives two numbers."""
 
-from msad import align, checkpoint, cost, distillation, training
-from msad.detector import ModelConfig
-
-HEIGHT, WIDTH = 512, 768
-CLASSES = tuple({"id": k + 1, "name": str(k)} for k in range(80))
-WEIGHT = {"high": 1.0, "low": 1.0, "fused": 0.4}
-
-
-def config(kind, **changes):
-    return ModelConfig(kind, CLASSES, short_side=HEIGHT, long_side=WIDTH, **changes)
+    name: str
+    limit: float
+    ours: Callable
+    peer: Callable | None = None
+    precision: str = "fp32"
 
 
-def pictures(batch, low=False):
-    """uint8 images and, in pixels of the full size, 10 boxes each."""
-    torch.manual_seed(0)
-    scale = 2 if low else 1
-    images = torch.randint(0, 256, (batch, 3, HEIGHT // scale, WIDTH // scale), dtype=torch.uint8)
-    corner = torch.rand(batch, 10, 2) * torch.tensor([WIDTH / 2, HEIGHT / 2])
-    boxes = torch.cat([corner, corner + 16 + torch.rand(batch, 10, 2) * 200], dim=2)
-    return images, list(boxes), list(torch.randint(0, 80, (batch, 10)))
-
-
-def our_step(kind, head="fcos", batch=2, precision="fp32"):
-    """A training step of a teacher or of one resolution, from uint8 images to updated weights."""
-    model = checkpoint.build(config(kind, head=head)).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
-    images, boxes, labels = pictures(batch, kind == "low")
-    autocast = training.autocast_for(torch.device("cpu"), precision)
-
-    def step():
-        with autocast():
-            _, outputs = model(model.normalize(images, [tuple(images.shape[-2:])] * batch))
-        losses = model.losses(outputs, boxes, labels)
-        optimizer.zero_grad(set_to_none=True)
-        sum(WEIGHT[name.split("/")[0]] * value for name, value in losses.items()).backward()
-        optimizer.step()
-
-    return step
-
-
-def our_distillation(batch=2, precision="fp32"):
-    """A distillation step: the frozen teacher's fused pyramid, the student forward and backward."""
-    teacher = distillation.freeze(checkpoint.build(config("teacher")))
-    student = checkpoint.build(config("low")).train()
-    optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9, fused=True)
-    images, boxes, labels = pictures(batch)
-    autocast = training.autocast_for(torch.device("cpu"), precision)
-
-    def step():
-        high = student.normalize(images, [(HEIGHT, WIDTH)] * batch)
-        with autocast():
-            pyramids, outputs = student(align.downsample(high))
-            with torch.no_grad():
-                fused = teacher.pyramids(high, ["fused"])["fused"]
-        losses = student.losses(outputs, boxes, labels)
-        optimizer.zero_grad(set_to_none=True)
-        (sum(losses.values()) + 0.6 * distillation.pyramid_l1(pyramids["low"], fused)).backward()
-        optimizer.step()
-
-    return step
-
-
-def our_inference(precision="fp32", **changes):
-    """One low-resolution image to boxes."""
-    model = checkpoint.build(config("low", **changes)).eval()
-    images, _, _ = pictures(1, low=True)
-    autocast = training.autocast_for(torch.device("cpu"), precision)
-
-    def step():
-        with autocast():
-            model.detect([images[0].float() / 255], resize=False)
-
-    return step
-
-
-def peer(head="fcos"):
-    make = {"fcos": "fcos_resnet50_fpn", "retinanet": "retinanet_resnet50_fpn"}[head]
-    model = getattr(torchvision.models.detection, make)
-    return model(weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH)
-
-
-def peer_step(head="fcos", batch=2):
-    model = peer(head).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    images, boxes, labels = pictures(batch)
-    images = [image.float() / 255 for image in images]
-    targets = [{"boxes": b, "labels": l} for b, l in zip(boxes, labels)]
-
-    def step():
-        losses = model(images, targets)
-        optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        optimizer.step()
-
-    return step
-
-
-def peer_inference():
-    model = peer().eval()
-    images, _, _ = pictures(1)
-    images = [image.float() / 255 for image in images]
-
-    def step():
-        with torch.inference_mode():
-            model(images)
-
-    return step
-
-
+STEP, INFERENCE = net.our_step, net.our_inference
 ROWS = (
-    ("fp32 step, high, FCOS", lambda: our_step("high"), peer_step, 0.80),
-    ("fp32 step, high, RetinaNet", lambda: our_step("high", "retinanet"), lambda: peer_step("retinanet"), 0.80),
-    ("fp32 teacher step", lambda: our_step("teacher"), peer_step, 1.75),
-    ("fp32 distillation step", our_distillation, peer_step, 0.70),
-    ("fp32 inference, student", our_inference, peer_inference, 0.60),
-    ("fp32 inference, slim student", lambda: our_inference(head_channels=128), peer_inference, 0.30),
-    ("bf16 / fp32 teacher step", lambda: our_step("teacher", precision="bf16"), lambda: our_step("teacher"), 0.45),
-    ("bf16 / fp32 inference, student", lambda: our_inference("bf16"), our_inference, 0.45),
+    Row("training step, high, FCOS", 0.80, partial(STEP, "high"), net.peer_step),
+    Row("training step, high, RetinaNet", 0.80, partial(STEP, "high", "retinanet"), partial(net.peer_step, "retinanet")),
+    Row("teacher step / one-resolution step", 1.75, partial(STEP, "teacher"), net.peer_step),
+    Row("distillation step / one-resolution step", 0.70, net.our_distillation, net.peer_step),
+    Row("inference, student at low / high", 0.60, INFERENCE, net.peer_inference),
+    Row("inference, slim student at low / high", 0.30, partial(INFERENCE, head_channels=128), net.peer_inference),
+    Row("teacher step, bf16 / our fp32", 0.45, partial(STEP, "teacher", precision="bf16"), partial(STEP, "teacher"), "bf16"),
+    Row("inference, student, bf16 / our fp32", 0.45, partial(INFERENCE, "bf16"), INFERENCE, "bf16"),
+    Row("pixels computed for 800x1333 / its own", 1.05, data.pixels),
+    Row("s of assignment, FCOS / training step", 0.03, partial(net.assignment, "fcos")),
+    Row("s of assignment, RetinaNet / training step", 0.03, partial(net.assignment, "retinanet")),
+    Row("s of post-processing, FCOS / inference", 0.03, partial(net.postprocessing, "fcos")),
+    Row("s of post-processing, RetinaNet / inference", 0.03, partial(net.postprocessing, "retinanet")),
+    Row("ms from JPEG to 800x1066 / decoding", 4.0, partial(data.jpeg, "")),
+    Row("ms from JPEG to 400x533 / decoding", 2.0, partial(data.jpeg, "area")),
+    Row("s to read COCO's annotations / json.load", 1.5, data.reading_annotations),
+    Row("MB of its own a worker adds / 50", 1.0, data.memory_of_a_worker),
+    Row("MB at the peak of a teacher step / one resolution", 1.6, net.peak_memory),
+    Row("s of a step of 2 images, halved / of 1", 1.10, partial(net.growth, {"batch": 2}, {"batch": 1}, 1 / 2)),
+    Row("s of a step of 4 images, quartered / of 1", 1.10, partial(net.growth, {"batch": 4}, {"batch": 1}, 1 / 4)),
+    Row("s of a step of 4 x the pixels, quartered", 1.10, partial(net.growth, {}, {"scale": 0.5}, 1 / 4)),
 )
+CONVOLUTIONS = ((2, 64, 96), (2, 128, 192), (4, 64, 64))  # batch, height, width
 
 
-def alternate(ours, theirs, runs):
-    """Median seconds of two functions called in turn, after one call each that does not count."""
-    times = ([], [])
-    for run in range(runs + 1):
-        for function, list_ in zip((ours, theirs), times):
-            began = time.perf_counter()
-            function()
-            list_.append(time.perf_counter() - began)
-    return [statistics.median(list_[1:]) for list_ in times]
+def convolution(precision, batch, height, width):
+    """A function that runs one 3x3 convolution of 256 channels, and its GMACs."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(kind, memory_format=torch.channels_last)
+    images = torch.randn(batch, 256, height, width, dtype=kind).contiguous(memory_format=torch.channels_last)
+
+    def run():
+        with torch.inference_mode():
+            layer(images)
+
+    return run, batch * height * width * 256 * 256 * 9 / 1e9
+
+
+def seconds(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def alternate(functions, runs):
+    """Median seconds of functions called in turn, after one call each that does not count."""
+    for function in functions:
+        function()
+    times = [[seconds(function) for function in functions] for _ in range(runs)]
+    return [statistics.median(column) for column in zip(*times)]
+
+
+def gmacs(function):
+    """10^9 multiply-accumulates of one call, counted by PyTorch."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 2e9
+
+
+def measure(row, runs):
+    """One row: {"name", "ours", "peer", "ratio", "limit"}, and for networks "gmacs", "rate" and "of_best"."""
+    if row.peer is None:
+        ours, peer = row.ours()
+        return compared(row.name, ours, peer, row.limit)
+    ours, peer = row.ours(), row.peer()
+    work = gmacs(ours)
+    convolutions = [convolution(row.precision, *shape) for shape in CONVOLUTIONS]
+    a, b, *others = alternate([ours, peer, *(run for run, _ in convolutions)], runs)
+    best = max(work / time for time, (_, work) in zip(others, convolutions))
+    return compared(row.name, a, b, row.limit) | {"gmacs": work, "rate": work / a, "best_rate": best}
+
+
+def compared(name, ours, peer, limit):
+    return {"name": name, "ours": ours, "peer": peer, "ratio": ours / peer, "limit": limit}
+
+
+def show(row):
+    text = f"{row['name']:50} {row['ours']:9.3f} {row['peer']:9.3f} {row['ratio']:6.2f} {row['limit']:6.2f}"
+    if "gmacs" in row:
+        text += f" {row['gmacs']:8.1f} {row['rate']:7.1f} {100 * row['rate'] / row['best_rate']:5.0f} %"
+    print(text + ("" if row["ratio"] <= row["limit"] else "   over"), flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="turns (default: 5)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
     args = parser.parse_args()
+    chosen = [row for row in ROWS if args.only in row.name]
+    if not chosen:
+        sys.exit(f"no row's name contains {args.only!r}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'':50} {'ours':>9} {'peer':>9} {'ratio':>6} {'limit':>6} {'GMACs':>8} {'GMAC/s':>7} {'of best':>7}")
     results = []
-    print(f"{'what':34} {'ours s':>8} {'peer s':>8} {'ratio':>6} {'limit':>6}")
-    for name, ours, theirs, limit in ROWS:
-        if args.only in name:
-            a, b = alternate(ours(), theirs(), args.runs)
-            results.append({"name": name, "ours": a, "peer": b, "ratio": a / b, "limit": limit})
-            print(f"{name:34} {a:8.3f} {b:8.3f} {a / b:6.2f} {limit:6.2f}", flush=True)
+    for row in chosen:
+        new = [measure(row, args.runs)]
+        if row.name.startswith("teacher step / one"):
+            best, rate = new[0]["best_rate"], new[0]["rate"]
+            new.append(compared("GMAC/s: best convolution / that teacher step", best, rate, 1 / 0.70))
+        for result in new:
+            show(result)
+        results += new
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
 

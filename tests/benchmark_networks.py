@@ -1,0 +1,186 @@
+"""Training steps and inference for tests/benchmark.py: ours and torchvision's, as functions to time.
+
+Run as a script, with "ours" or "peer": prints the megabytes that a step of that one takes at its peak.
+"""
+
+import gc
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+
+from msad import align, checkpoint, distillation, settings, training
+from msad.detector import ModelConfig
+
+HEIGHT, WIDTH = 512, 768
+CLASSES = tuple({"id": k + 1, "name": str(k)} for k in range(80))
+CPU = torch.device("cpu")
+
+
+def config(kind, **changes):
+    return ModelConfig(kind, CLASSES, short_side=HEIGHT, long_side=WIDTH, **changes)
+
+
+def pictures(batch, low=False, scale=1.0, boxes=100):
+    """uint8 images and, in pixels of the full size, boxes and labels."""
+    torch.manual_seed(0)
+    height, width = int(HEIGHT * scale), int(WIDTH * scale)
+    sides = (height // 2, width // 2) if low else (height, width)
+    images = torch.randint(0, 256, (batch, 3, *sides), dtype=torch.uint8)
+    corner = torch.rand(batch, boxes, 2) * torch.tensor([width / 2, height / 2])
+    side = 8 * 32 ** torch.rand(batch, boxes, 2)  # 8 to 256 pixels, log-uniform
+    return images, list(torch.cat([corner, corner + side], dim=2)), list(torch.randint(0, 80, (batch, boxes)))
+
+
+def updated(model):
+    return training.Update(model, training.optimizer_for(model, settings.COCO), settings.COCO, CPU)
+
+
+def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
+    """A training step as train.py makes it, from uint8 images to updated weights."""
+    model = checkpoint.build(config(kind, head=head)).train()
+    update = updated(model)
+    images, boxes, labels = pictures(batch, kind == "low", scale)
+    autocast = training.autocast_for(CPU, precision)
+
+    def step():
+        with autocast():
+            _, outputs = model(model.normalize(images, [tuple(images.shape[-2:])] * batch))
+        losses = model.losses(outputs, boxes, labels)
+        update(1, sum(train.WEIGHT[name.split("/")[0]] * value for name, value in losses.items()), losses)
+
+    return step
+
+
+def our_distillation(batch=2):
+    """A step as distill.py makes it: the frozen teacher's fused pyramid, the student forward and backward."""
+    teacher = distillation.freeze(checkpoint.build(config("teacher")))
+    student = checkpoint.build(config("low")).train()
+    update = updated(student)
+    images, boxes, labels = pictures(batch)
+
+    def step():
+        high = student.normalize(images, [(HEIGHT, WIDTH)] * batch)
+        pyramids, outputs = student(align.downsample(high))
+        losses = student.losses(outputs, boxes, labels)
+        with torch.no_grad():
+            fused = teacher.pyramids(high, ["fused"])["fused"]
+        losses["kd"] = 0.6 * distillation.pyramid_l1(pyramids["low"], fused)
+        update(1, sum(losses.values()), losses)
+
+    return step
+
+
+def our_inference(precision="fp32", **changes):
+    """One low-resolution image to boxes."""
+    model = checkpoint.build(config("low", **changes)).folded()
+    image = pictures(1, low=True)[0][0].float() / 255
+    autocast = training.autocast_for(CPU, precision)
+
+    def run():
+        with autocast():
+            model.detect([image], resize=False)
+
+    return run
+
+
+def peer(head="fcos"):
+    """torchvision's detector. Its own resizing finds the images at their size already."""
+    make = getattr(torchvision.models.detection, f"{head}_resnet50_fpn")
+    return make(weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH)
+
+
+def peer_step(head="fcos", batch=2):
+    model = peer(head).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    images, boxes, labels = pictures(batch)
+    images = [image.float() / 255 for image in images]
+    targets = [{"boxes": b, "labels": l} for b, l in zip(boxes, labels)]
+
+    def step():
+        losses = model(images, targets)
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    return step
+
+
+def peer_inference():
+    model = peer().eval()
+    image = pictures(1)[0][0].float() / 255
+
+    def run():
+        with torch.inference_mode():
+            model([image])
+
+    return run
+
+
+def median(function, runs=7):
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def assignment(head):
+    """Seconds of the assignment for a batch, and of the training step it is part of."""
+    model = checkpoint.build(config("high", head=head))
+    _, boxes, labels = pictures(2)
+    sizes = [(HEIGHT // stride, WIDTH // stride) for stride in align.STRIDES]
+    return median(lambda: model.head.assign(sizes, boxes, labels)), median(our_step("high", head), 3)
+
+
+def postprocessing(head):
+    """Seconds from outputs to detections, and of the inference they are part of. Every location that trains an object,
+    of 100 in the image, finds it; the others find nothing."""
+    model = checkpoint.build(config("low", head=head)).folded()
+    images, boxes, labels = pictures(1, low=True)
+    with torch.inference_mode():
+        outputs = model.predict(model.pyramids(model.normalize(images, [images.shape[-2:]])))["low"]
+        targets = model.head.assign(outputs["sizes"], boxes, labels)
+        found = (targets["labels"] >= 0) & (targets["labels"] < len(CLASSES))
+        outputs["logits"].fill_(-6.0)
+        outputs["logits"][found, targets["labels"][found]] = 2.0
+        outputs["boxes"] = targets["boxes"]
+    sizes = [tuple(images.shape[-2:])]
+    finish = torch.inference_mode()(lambda: model.postprocess(outputs, "low", sizes, [(HEIGHT, WIDTH)]))
+    assert len(finish()[0]["scores"]) > 50
+    return median(finish), median(our_inference(head=head))
+
+
+def peak_memory():
+    """Megabytes at the peak of our teacher step and of torchvision's step, each in a process of its own."""
+    return [float(subprocess.check_output([sys.executable, __file__, name])) for name in STEPS]
+
+
+STEPS = {"ours": lambda: our_step("teacher"), "peer": peer_step}
+
+
+def growth(large, small, share):
+    """Seconds of a large step times `share`, the part of its work that a small step does, and of the small step."""
+    large, small = our_step("high", **large), our_step("high", **small)
+    times = [(median(large, 2), median(small, 2)) for _ in range(3)]
+    a, b = (statistics.median(column) for column in zip(*times))
+    return a * share, b
+
+
+if __name__ == "__main__":
+    make = STEPS[sys.argv[1]]
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = make()
+    step(), step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
