@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from msad import align, checkpoint, distillation, evaluation, official, processes, settings as S, training as T
+from msad import align, checkpoint, curve, distillation, evaluation, official, pictures, processes
+from msad import settings as S, training as T
 from msad.annotations import InputError
 from msad.data import CocoDataset
 from msad.distillation import LOSSES, ramp
@@ -146,8 +147,8 @@ def run():
     results = evaluate()
     log.results(settings.iters, results)
     report(teacher_results, results)
-    columns = pictures.readings("teacher", teacher, ["fused", "low"]) | pictures.readings("student", student, ["low"])
-    say_what_is_next(settings, out, T.draw(out, val, columns, autocast))
+    columns = pictures.beside(teacher, student, ["low"])
+    say_what_is_next(settings, out, curve.draw_run(out, val, columns, autocast))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
-"""Evaluate a checkpoint on the validation split: COCO's twelve numbers.
+"""Evaluate a checkpoint on the validation split, or run it on pictures of your own.
 
-    python evaluate.py --ckpt runs/student/last.pt              a student is read and run at low resolution only
-    python evaluate.py --ckpt runs/teacher/last.pt --res fused  a teacher: fused, high or low (default: all)
+    python evaluate.py --ckpt runs/student/last.pt              COCO's twelve numbers, and what the model costs
+    python evaluate.py --ckpt runs/teacher/last.pt --res fused  one branch of a teacher: fused, high or low
+    python evaluate.py --ckpt runs/student/last.pt --teacher runs/teacher/last.pt --draw    and pictures of both
+    python evaluate.py --ckpt runs/student/last.pt --images FILE_OR_FOLDER --draw           without annotations
+
+--images writes OUT/detections.json in COCO's result format: a list of {"image_id": the file's number in the order of
+names, from 1; "file_name"; "category_id": as in the data the checkpoint was trained on; "bbox": [x, y, width, height]
+in the picture's pixels, upright; "score": 0 to 1}.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from msad import checkpoint, evaluation, processes, settings as S, training as T
+import torch
+
+from msad import checkpoint, cost, evaluation, pictures, processes, settings as S, training as T
 from msad.annotations import InputError
 from msad.data import CocoDataset
 
@@ -16,57 +24,124 @@ from msad.data import CocoDataset
 def parse():
     usage = "%(prog)s --ckpt FILE [flags]"
     parser = S.Parser(description=__doc__, usage=usage, allow_abbrev=False, formatter_class=S.Help)
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="the checkpoint")
-    parser.add_argument("--data", default="", metavar="DIR", help="folder in COCO layout (default: drawn shapes)")
-    parser.add_argument("--res", choices=("fused", "high", "low"), help="the branch to evaluate (default: all it has)")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default: 8)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    parser.add_argument("--device", default="", metavar="X", help="cuda or cpu (default: CUDA where there is one)")
-    parser.add_argument("--precision", default="", choices=("fp32", "bf16"), help="default: bf16 if native")
-    parser.add_argument("--per-class", action="store_true", help="also print each class's AP")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers, from 0 to 1, to a file")
+    add = parser.add_argument_group("what is read").add_argument
+    add("--ckpt", required=True, metavar="FILE", help="the checkpoint")
+    add("--res", choices=("fused", "high", "low"), help="the branch (default: all it has; with --images the first)")
+    add("--data", default="", metavar="DIR", help="folder in COCO layout (default: drawn shapes)")
+    add("--images", metavar="PATH", help="instead of --data: a picture, or a folder of pictures")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--per-class", action="store_true", help="also print each class's AP")
+    add("--json", metavar="FILE", help="write the numbers, from 0 to 1, and the cost to a file")
+    add("--draw", nargs="?", type=int, const=8, metavar="N", help="draw N validation pictures (8), or all of --images")
+    add("--teacher", metavar="FILE", help="with --draw: a teacher's checkpoint, to be drawn beside --ckpt")
+    add("--threshold", type=float, default=pictures.THRESHOLD, metavar="X", help="lowest score drawn (default: 0.4)")
+    add("--out", metavar="DIR", help="folder for what is drawn and found (default: pictures, beside --ckpt)")
+    add = parser.add_argument_group("the run").add_argument
+    add("--batch", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    add("--device", default="", metavar="X", help="cuda or cpu (default: CUDA where there is one)")
+    add("--precision", default="", choices=("fp32", "bf16"), help="default: bf16 where the device has it")
     return parser.parse_args()
+
+
+def check(args):
+    """Raise InputError for flags that make no sense, alone or together."""
+    for name, value, least in (("--batch", args.batch, 1), ("--workers", args.workers, 0), ("--draw", args.draw, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}")
+    for name, value in (("--data", args.data), ("--json", args.json), ("--per-class", args.per_class)):
+        if args.images and value:
+            raise InputError(f"{name}: of no use with --images, where nothing is annotated")
+    if args.teacher and not args.draw:
+        raise InputError("--teacher: is drawn beside the checkpoint; add --draw")
+    if args.images and args.out and Path(args.out).resolve() == Path(args.images).resolve():
+        raise InputError(f"--out {args.out}: the pictures to look at are in there; choose another folder")
 
 
 def run():
     args = parse()
-    for name, value, least in (("--batch", args.batch, 1), ("--workers", args.workers, 0)):
-        if value < least:
-            raise InputError(f"{name} must be at least {least}")
+    check(args)
     device = processes.device_of(args.device)
     processes.start(device)
-    autocast = T.autocast_for(device, T.precision_of(device, args.precision))
+    precision = T.precision_of(device, args.precision)
+    autocast = T.autocast_for(device, precision)
 
     model = checkpoint.load(args.ckpt, device)
     if args.res and args.res not in model.branches:
         has = ", ".join(model.branches)
         raise InputError(f"--res {args.res}: {args.ckpt} is a model of kind {model.config.kind}, which has {has}")
-    branches = [args.res] if args.res else sorted(model.branches)
+    branches = [args.res] if args.res else list(model.branches[:1]) if args.images else sorted(model.branches)
+    columns = columns_of(args.teacher, model, branches)
+    out = Path(args.out or Path(args.ckpt).parent / "pictures")
+    if args.images or args.draw:
+        with pictures.writing("--out", out):
+            out.mkdir(parents=True, exist_ok=True)
+    if args.images:
+        return look_at(args, model, columns, out, autocast) if processes.is_main() else None
 
     (annotations,) = T.open_data(args.data, ["val"])
     T.check_classes("the data", annotations.classes, "the checkpoint", model.config.classes)
     dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.low_input)
-
     results = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)
-    if processes.is_main():
-        report(args, model, annotations, results)
-
-
-def report(args, model, annotations, results):
+    if not processes.is_main():
+        return
     print(f"{args.ckpt}: {model.config.kind}, {model.config.backbone} x{model.config.width:g}; {annotations.summary()}")
-    for branch, (metrics, _) in results.items():
-        print(f"\n{model.config.kind} @ {branch}")
-        print("  ".join(f"{name} {evaluation.percent(metrics[name])}" for name in evaluation.METRICS))
+    found = {b: results[b][0] | {"cost": cost.measure(model, dataset, b, autocast)} for b in branches}
+    report(args, found, list(columns)[-len(branches) :], f"{device}, {precision}, {torch.get_num_threads()} thread(s)")
+    if args.draw:
+        indices = pictures.spread(annotations, args.draw)
+        for index in indices:
+            strip = pictures.compare(annotations, index, columns, autocast, threshold=args.threshold)
+            pictures.save(strip, out, index + 1, annotations.path(index))
+        print(f"\ndrawn: {len(indices)} pictures, scores from {args.threshold:g}, in {out}")
+
+
+def columns_of(teacher, model, branches):
+    """What is drawn: two branches of the teacher, if one is given, and `branches` of the model."""
+    if not teacher:
+        return pictures.readings(model.config.kind, model, branches)
+    drawn = checkpoint.load(teacher, model.mean.device, want="teacher")
+    if drawn.config.kind != "teacher":
+        raise InputError(f"--teacher {teacher}: holds a model of kind {drawn.config.kind}, not a teacher")
+    T.check_classes("the teacher", drawn.config.classes, "the checkpoint", model.config.classes)
+    return pictures.beside(drawn, model, branches)
+
+
+def report(args, found, labels, how):
+    """Print what was found for each branch, {branch: metrics with "cost"}, and write it to --json."""
+    for label, (branch, numbers) in zip(labels, found.items()):
+        print(f"\n{label}")
+        print("  ".join(f"{name} {evaluation.percent(numbers[name])}" for name in evaluation.METRICS))
+        print(f"{cost.text(branch, numbers['cost'])}, the padded size most images have")
+        ms = numbers["cost"]["ms"]
+        print(f"network {ms['network']:.1f} ms, post-processing {ms['postprocessing']:.1f} ms per single image; {how}")
         if args.per_class:
-            for name, value in metrics["classes"].items():
+            for name, value in numbers["classes"].items():
                 print(f"  {name:20} {evaluation.percent(value):>6}")
     if args.json:
-        content = {branch: metrics for branch, (metrics, _) in results.items()}
-        try:
-            Path(args.json).write_text(json.dumps(content, indent=1))
-        except OSError as error:
-            raise InputError(f"--json {args.json}: cannot be written ({error.strerror})") from None
+        with pictures.writing("--json", args.json):
+            Path(args.json).write_text(json.dumps(found, indent=1))
         print(f"\nwritten to {args.json}")
+
+
+def look_at(args, model, columns, out, autocast):
+    """Run on pictures without annotations: write what the model finds and, with --draw, what that looks like."""
+    results, count = [], 0
+    for number, path, image in pictures.read_all(args.images):
+        found = pictures.look(image, columns, autocast)
+        names, own = {"image_id": number, "file_name": path.name}, list(found.values())[-1]
+        for box, label, score in zip(own["boxes"], own["labels"], own["scores"]):
+            category = {"category_id": model.config.classes[label]["id"]}
+            results.append(names | category | {"bbox": evaluation.to_xywh(box), "score": float(score)})
+        if args.draw:
+            strip = pictures.strip(image, found, model.config.classes, args.threshold)
+            pictures.save(strip, out, number, path)
+        count += 1
+    with pictures.writing("--out", out):
+        (out / "detections.json").write_text(json.dumps(results))
+    print(f"{list(columns)[-1]}: {len(results)} detections in {count} picture(s), in {out / 'detections.json'}")
+    if args.draw:
+        print(f"drawn: {count} pictures, scores from {args.threshold:g}, in {out}")
 
 
 if __name__ == "__main__":

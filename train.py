@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from msad import checkpoint, evaluation, official, pictures, processes, settings as S, training as T
+from msad import checkpoint, curve, evaluation, official, pictures, processes, settings as S, training as T
 from msad.data import CocoDataset
 from msad.log import Progress, introduce
 
@@ -105,7 +105,7 @@ def run():
 
     results = evaluate()
     log.results(settings.iters, results)
-    drawn = T.draw(out, val, pictures.readings(kind, model, sorted(model.branches)), autocast)
+    drawn = curve.draw_run(out, val, pictures.readings(kind, model, sorted(model.branches)), autocast)
     if processes.is_main():
         report(results, kind, settings, out, drawn)
 

@@ -1,13 +1,19 @@
-"""What a detector costs: parameters, and multiply-accumulates by part, counted by PyTorch's own flop counter.
+"""What a detector costs: parameters, multiply-accumulates by part (PyTorch's own flop counter), and time per image.
 
 The whole network counts. A student at half the resolution has a backbone and pyramid of a quarter of the cost, but as
 many locations as its teacher, so its head costs the same: a table of backbones alone would hide most of what is left.
 """
 
+import contextlib
 import copy
+import statistics
+import time
+from collections import Counter
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from .data import pad_to_multiple
 
 PARTS = ("backbone", "fpn", "head")
 
@@ -15,10 +21,11 @@ PARTS = ("backbone", "fpn", "head")
 def gmacs(model, branch, height, width):
     """A model read from `branch` for one image of height x width in H's pixels -> {"backbone", "fpn", "head", "total"}.
 
-    In 10^9 multiply-accumulates of convolutions and matrix products. Sides are padded as the model would pad them.
+    In 10^9 multiply-accumulates of convolutions and matrix products. Sides are padded as the model would pad them. The
+    total has a teacher's gate in it, too.
     """
     scale = 2 if model.sees_low_only else 1
-    height, width = model.padded_size((height // scale, width // scale))
+    height, width = model.padded_size((-(-height // scale), -(-width // scale)))
     model = copy.deepcopy(model).to("meta").eval()  # shapes are enough to count
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.predict(model.pyramids(torch.empty(1, 3, height, width, device="meta"), [branch]))
@@ -30,14 +37,59 @@ def gmacs(model, branch, height, width):
     return found | {"total": sum(counts["Global"].values()) / 2e9}
 
 
-def describe(model, branch, height, width):
-    """One line: "1.09 M parameters, 2.43 GMACs at 256x256 in H's pixels (backbone 0.31, fpn 0.52, head 1.60)"."""
-    found = gmacs(model, branch, height, width)
+def count(model, branch, height, width):
+    """{"parameters": their number, "size": [height, width] in H's pixels, "gmacs": as in `gmacs`}."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "size": [height, width], "gmacs": gmacs(model, branch, height, width)}
+
+
+def text(branch, counted):
+    """One line: "0.30 M parameters, low: 0.62 GMACs (backbone 0.08, fpn 0.13, head 0.41) at 256x256 in H's pixels"."""
+    found, (height, width) = counted["gmacs"], counted["size"]
     parts = ", ".join(f"{part} {found[part]:.2f}" for part in PARTS)
-    size = f"{height}x{width} in H's pixels"
-    return f"{parameters(model):.2f} M parameters, {branch}: {found['total']:.2f} GMACs at {size} ({parts})"
+    total = f"{counted['parameters'] / 1e6:.2f} M parameters, {branch}: {found['total']:.2f} GMACs ({parts})"
+    return f"{total} at {height}x{width} in H's pixels"
 
 
-def parameters(model):
-    """Millions of parameters."""
-    return sum(p.numel() for p in model.parameters()) / 1e6
+def describe(model, branch, height, width):
+    """The line of `text` for a model."""
+    return text(branch, count(model, branch, height, width))
+
+
+@torch.inference_mode()
+def measure(model, dataset, branch, autocast=contextlib.nullcontext, images=7):
+    """What reading `branch` costs on a data set -> as `count` at the padded size that most images share, and "ms".
+
+    "ms" has the medians over a few single images of that size for "network" (8-bit pixels to the head's outputs) and
+    "postprocessing" (these to boxes). Reading files is in neither.
+    """
+    network = model.folded()
+    size, indices = common_size(model, dataset)
+    size = [side * (2 if model.sees_low_only else 1) for side in size]
+    device, seconds = model.mean.device, []
+    for index in indices[:1] * 2 + indices[:images]:  # the first one twice more, to warm up
+        image = dataset[index, 0][0]
+        pixels, shape = pad_to_multiple([image], model.multiple).to(device), [tuple(image.shape[1:])]
+        original = [tuple(map(int, dataset.annotations.sizes[index]))]
+        with autocast():
+            began = _now(device)
+            outputs = network.predict(network.pyramids(network.normalize(pixels, shape), [branch]))[branch]
+            between = _now(device)
+            network.postprocess(outputs, branch, shape, original)
+        seconds.append((between - began, _now(device) - between))
+    medians = [1000 * statistics.median(column) for column in zip(*seconds[2:])]
+    return count(model, branch, *size) | {"ms": dict(zip(("network", "postprocessing"), medians))}
+
+
+def _now(device):
+    """Seconds, once the device has done all it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def common_size(model, dataset):
+    """The padded input size (height, width) that most images of a data set share, and the indices of these images."""
+    sizes = [model.padded_size(dataset.network_size(index)) for index in range(len(dataset))]
+    ((size, _),) = Counter(sizes).most_common(1)
+    return size, [index for index, other in enumerate(sizes) if other == size]

@@ -1,12 +1,15 @@
 """What a run tells: its first lines, a bar while it goes, and a log that another run of the same seed repeats."""
 
+import contextlib
 import json
+import os
 import time
 
 import torch
 from tqdm import tqdm
 
 from . import cost, processes
+from .annotations import InputError
 
 
 def introduce(settings, model, train, val, device, out):
@@ -32,17 +35,27 @@ class Log:
     """OUT/log.jsonl, written by the main process. It holds nothing that differs between two runs of the same seed."""
 
     def __init__(self, path, length=0):
-        self.file = None
+        self.path, self.file = path, None
         if processes.is_main():
-            self.file = open(path, "r+b" if length else "wb")
-            # What came after the checkpoint will come again.
-            self.file.truncate(length)
-            self.file.seek(length)
+            with self._mendable():
+                self.file = open(path, "ab")
+                # What came after the checkpoint will come again. Of a log that was lost, what is left goes on.
+                self.file.truncate(min(length, self.file.tell()))
+                self.file.seek(0, os.SEEK_END)
+
+    @contextlib.contextmanager
+    def _mendable(self):
+        try:
+            yield
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); --resume goes on from the last checkpoint, if there is one"
+            raise InputError(f"{self.path}: {reason}") from None
 
     def write(self, **entry):
         if self.file:
-            self.file.write((json.dumps(entry) + "\n").encode())
-            self.file.flush()
+            with self._mendable():
+                self.file.write((json.dumps(entry) + "\n").encode())
+                self.file.flush()
 
     def losses(self, iteration, loss, losses, lr, every):
         """Every so many iterations, so that the device is not asked for a number in between."""
@@ -55,7 +68,12 @@ class Log:
             self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
 
     def length(self):
-        return self.file.tell() if self.file else 0
+        """Bytes so far, all of them on the disk: a checkpoint counts on them."""
+        if not self.file:
+            return 0
+        with self._mendable():
+            os.fsync(self.file.fileno())
+        return self.file.tell()
 
 
 class Progress:

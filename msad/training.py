@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import annotations, checkpoint, curve, evaluation, pictures, processes, shapes
+from . import annotations, checkpoint, evaluation, processes, shapes
 from .annotations import InputError
 from .data import TrainBatches, loader
 from .log import Log
@@ -183,23 +183,6 @@ def save(out, model, update, done, log, **more):
     if processes.is_main():
         state = {"done": done, "optimizer": update.optimizer.state_dict(), "log": log.length()}
         checkpoint.save(out / "last.pt", model, state | {"settings": asdict(update.settings)} | more)
-
-
-def draw(out, annotations, columns, autocast):
-    """Write OUT/curve.png and OUT/sheet.jpg -> a line that names them. A run never fails for a picture's sake.
-
-    `columns` are pictures.readings; their models are left in eval mode.
-    """
-    if not processes.is_main():
-        return ""
-    try:
-        for model, _ in columns.values():
-            model.eval()
-        curve.draw(out / "log.jsonl").save(out / "curve.png")
-        pictures.sheet(annotations, columns, autocast).save(out / "sheet.jpg", quality=92, subsampling=0)
-    except Exception as error:  # whatever it is, the checkpoint is written and the results are known
-        return f"pictures could not be drawn ({type(error).__name__}: {error})"
-    return f"pictures {out / 'curve.png'}, {out / 'sheet.jpg'}"
 
 
 def continue_from(saved, optimizer, out):
