@@ -155,7 +155,8 @@ def test_scripts_run_under_torchrun_and_write_once(two, name, kind):
     assert [entry["iteration"] for entry in log if "iteration" in entry] == [0, 1]
     results = [entry["branch"] for entry in log if "branch" in entry]
     assert sorted(results) == sorted(checkpoint.restore(content, name).branches)
-    assert sorted(path.name for path in (two / name).iterdir()) == ["last.pt", "log.jsonl"]
+    files = ["curve.png", "last.pt", "log.jsonl", "sheet.jpg"]
+    assert sorted(path.name for path in (two / name).iterdir()) == files
     printed = (two / "printed").read_text()
     assert printed.count(f"folder    {two / name}\n") == 1 and "2 process(es)" in printed
 
