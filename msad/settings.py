@@ -36,7 +36,7 @@ class Recipe:
     downsample: str = option("area", "how low resolution is made from high", ("area", "nearest"))
     # Model
     head: str = option("fcos", "detection head", tuple(HEADS))
-    backbone: str = option("resnet50", "backbone", ("resnet18", "resnet34", "resnet50", "resnet101"))
+    backbone: str = option("resnet50", "resnet18, resnet34, resnet50 or resnet101", ("resnet18", "resnet34", "resnet50", "resnet101"))
     width: float = option(1.0, "the backbone's width", (0.25, 0.5, 0.75, 1.0))
     weights: str = option("imagenet", "where the backbone starts: imagenet, none or a FILE [small none, coco imagenet]")
     fpn_channels: int = option(256, "channels of the pyramid")
@@ -116,7 +116,8 @@ GROUPS = {
 
 def parse(kind, description):
     """The command line: a dict of only what was typed, and whether to resume. `kind` is a script's dataclass."""
-    parser = Parser(description=description, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=Help)
+    details = {"usage": "%(prog)s [flags]", "allow_abbrev": False, "formatter_class": Help, "add_help": False}
+    parser = Parser(description=description, **details)
     own = {f.name for f in fields(kind)} - {f.name for f in fields(Recipe)}
     group = parser.add_argument_group("what to train")
     for f in sorted(fields(kind), key=lambda f: f.name not in own):
@@ -124,6 +125,7 @@ def parse(kind, description):
             group = parser.add_argument_group(GROUPS[f.name])
         add_flag(group, f)
     group.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
+    group.add_argument("-h", "--help", action="help", help="show this and exit")
     given = vars(parser.parse_args())
     if "short_sides" in given:
         given["short_sides"] = tuple(given["short_sides"])
@@ -141,7 +143,7 @@ def add_flag(group, f):
         details |= {"type": int, "nargs": "+"}
     if f.metadata["choices"]:
         details["choices"] = f.metadata["choices"]
-    else:
+    if f.name == "backbone" or not f.metadata["choices"]:  # a list of all backbones would not fit its column
         details["metavar"] = "X" if f.type is str else "N"
     group.add_argument(name, **details)
 
@@ -151,7 +153,8 @@ def default_text(f):
     shown = [getattr(recipe, f.name, f.default) for recipe in (SMALL, COCO)]
     if f.name in ("recipe", "weights") or "" in shown:
         return ""
-    shown = [f"{v[0]}-{v[-1]}" if isinstance(v, tuple) else f"{v:g}" if isinstance(v, float) else str(v) for v in shown]
+    shown = ["-".join(map(str, sorted({min(v), max(v)}))) if isinstance(v, tuple) else v for v in shown]
+    shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in shown]
     return f" [{shown[0]}]" if shown[0] == shown[1] else f" [small {shown[0]}, coco {shown[1]}]"
 
 
