@@ -165,8 +165,13 @@ def read_all(source):
     Files of a folder that cannot be read are left out with a line each, and counted. InputError if nothing is left.
     """
     source, left_out = Path(source), 0
+    if not source.exists():
+        raise InputError(f"{source}: no such picture or folder")
     kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(f for f in source.iterdir() if f.suffix.lower() in kinds) if source.is_dir() else [source]
+    try:
+        files = sorted(f for f in source.iterdir() if f.suffix.lower() in kinds) if source.is_dir() else [source]
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     for number, path in enumerate(tqdm(files, "looking", leave=False, disable=None), start=1):
         try:
             image = read_image(path)
