@@ -23,8 +23,9 @@ SCRIPTS = {"train.py": train, "distill.py": distill, "evaluate.py": evaluate}
 
 def commands():
     """All lines of the README's blocks that call Python or a shell script, without their comments."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line[:1] not in "@}| "]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line[:1] not in "@} "]
 
 
 def printed(row):
