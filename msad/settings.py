@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from . import checkpoint, processes
 from .annotations import InputError
 from .detector import HEADS, ModelConfig
+from .resnet import LAYERS, WIDTHS
 
 MAY_CHANGE = ("data", "device", "out", "workers", "save_every")  # on --resume, without changing the result
 
@@ -36,8 +37,8 @@ class Recipe:
     downsample: str = option("area", "how low resolution is made from high", ("area", "nearest"))
     # Model
     head: str = option("fcos", "detection head", tuple(HEADS))
-    backbone: str = option("resnet50", "resnet18, resnet34, resnet50 or resnet101", ("resnet18", "resnet34", "resnet50", "resnet101"))
-    width: float = option(1.0, "the backbone's width", (0.25, 0.5, 0.75, 1.0))
+    backbone: str = option("resnet50", "resnet18, resnet34, resnet50 or resnet101", tuple(LAYERS))
+    width: float = option(1.0, "the backbone's width", WIDTHS)
     weights: str = option("imagenet", "where the backbone starts: imagenet, none or a FILE [small none, coco imagenet]")
     fpn_channels: int = option(256, "channels of the pyramid")
     head_channels: int = option(256, "channels of the head's towers")

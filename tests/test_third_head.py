@@ -55,7 +55,8 @@ def test_teacher_student_baseline_files_and_evaluation_take_any_head(tmp_path, m
     teacher = checkpoint.build(tiny_config("teacher", head="center"))
     student = checkpoint.build(tiny_config("low", head="center"))
     assert distillation.start_from(student, teacher).endswith("new nothing")
-    images, boxes, labels = torch.randn(2, 3, 128, 128), [torch.tensor([[20.0, 30, 60, 70]])] * 2, [torch.tensor([1])] * 2
+    images = torch.randn(2, 3, 128, 128)
+    boxes, labels = [torch.tensor([[20.0, 30, 60, 70]])] * 2, [torch.tensor([1])] * 2
 
     for model in (teacher, checkpoint.build(tiny_config("conventional", head="center"))):
         _, outputs = model(images)

@@ -106,7 +106,8 @@ def draw(found_points, path):
     font = ImageFont.load_default(14 * fine)
     costs, scores = [p[2] for p in found_points], [p[3] for p in found_points]
     right, bottom, top = 1.25 * max(costs), int(min(scores)) - 1, int(max(scores)) + 2
-    at = lambda x, y: (fine * (60 + (width - 90) * x / right), fine * (height - 55 - (height - 90) * (y - bottom) / (top - bottom)))
+    share = lambda y: (y - bottom) / (top - bottom)
+    at = lambda x, y: (fine * (60 + (width - 90) * x / right), fine * (height - 55 - (height - 90) * share(y)))
     for y in range(bottom, top + 1, 2):
         pen.line([at(0, y), at(right, y)], GREY, fine)
         pen.text((at(0, y)[0] - 8 * fine, at(0, y)[1]), str(y), INK, font, anchor="rm")
