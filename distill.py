@@ -64,10 +64,13 @@ def open_sets(settings, train, val):
     return training_set, high_set, CocoDataset(val, (settings.test_side,), settings.long_side, settings.downsample)
 
 
-def open_student(settings, saved, teacher, out):
-    """The student as its run left it, or a new one with the weights it starts from."""
-    if saved:
-        return checkpoint.restore(saved, out / "last.pt")
+def open_models(settings, saved, teacher, out, device):
+    """The student as its run left it, or a new one with the weights it starts from; and the frozen teacher."""
+    student = checkpoint.restore(saved, out / "last.pt") if saved else new_student(settings, teacher)
+    return student.to(device), distillation.freeze(teacher).to(device)
+
+
+def new_student(settings, teacher):
     student = checkpoint.build(S.model_config(settings, "low", teacher.config.classes))
     line = "from random weights"
     if settings.weights != "none":
@@ -101,14 +104,10 @@ def run():
     train, val = T.open_data(settings.data)
     T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
     training_set, high_set, low_set = open_sets(settings, train, val)
-    student = open_student(settings, saved, teacher, out).to(device)
-    teacher = distillation.freeze(teacher).to(device)
+    student, teacher = open_models(settings, saved, teacher, out, device)
     network = processes.parallel(student)
-    optimizer = T.optimizer_for(student, settings)
-    start, log = T.continue_from(saved, optimizer, out)
-    update = T.Update(student, optimizer, settings, device)
+    start, log, update = T.begin(student, saved, settings, device, out)
     autocast = T.autocast_for(device, settings.precision)
-    kd_loss = LOSSES[settings.kd_loss]
     introduce(settings, student, train, val, device, out)
 
     evaluate = lambda: T.evaluate(student, low_set, settings, autocast)
@@ -128,7 +127,8 @@ def run():
         if settings.kd:
             with torch.no_grad(), autocast():
                 fused = teacher.pyramids(high, ["fused"])["fused"]
-            losses["kd"] = settings.kd * ramp(iteration, settings.kd_ramp) * kd_loss(pyramids["low"], fused)
+            weight = settings.kd * ramp(iteration, settings.kd_ramp)
+            losses["kd"] = weight * LOSSES[settings.kd_loss](pyramids["low"], fused)
         loss = sum(losses.values())
         lr = update(iteration, loss, losses)
 

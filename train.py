@@ -71,9 +71,7 @@ def run():
         model = checkpoint.build(S.model_config(settings, kind, train.classes)).to(device)
         official.load_backbone(model.backbone, settings)
     network = processes.parallel(model)
-    optimizer = T.optimizer_for(model, settings)
-    start, log = T.continue_from(saved, optimizer, out)
-    update = T.Update(model, optimizer, settings, device)
+    start, log, update = T.begin(model, saved, settings, device, out)
     autocast = T.autocast_for(device, settings.precision)
     introduce(settings, model, train, val, device, out)
 

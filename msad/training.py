@@ -185,13 +185,14 @@ def save(out, model, update, done, log, **more):
         checkpoint.save(out / "last.pt", model, state | {"settings": asdict(update.settings)} | more)
 
 
-def continue_from(saved, optimizer, out):
-    """Bring optimizer and log to where a checkpoint left them -> the iterations done, and the log."""
-    if saved is None:
-        return 0, Log(out / "log.jsonl")
-    training = saved["training"]
-    optimizer.load_state_dict(training["optimizer"])
-    return training["done"], Log(out / "log.jsonl", training["log"])
+def begin(model, saved, settings, device, out):
+    """The iterations done, the log and the `Update`: as a checkpoint left them, or at the beginning."""
+    optimizer = optimizer_for(model, settings)
+    done, length = 0, 0
+    if saved:
+        optimizer.load_state_dict(saved["training"]["optimizer"])
+        done, length = saved["training"]["done"], saved["training"]["log"]
+    return done, Log(out / "log.jsonl", length), Update(model, optimizer, settings, device)
 
 
 def say_how_to_go_on(script, out, done):
