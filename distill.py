@@ -48,6 +48,8 @@ def open_run():
     out = Path(given.get("out") or "runs/student")
     if go_on and (out / "last.pt").exists():
         saved, settings = S.resume(Settings, given, out / "last.pt")
+        with checkpoint.blamed(out / "last.pt"):
+            evaluation.table(saved["training"]["teacher"])
         teacher = checkpoint.load(settings.teacher, want="teacher")
     else:
         saved, (settings, teacher) = None, student_settings(given)
@@ -115,7 +117,7 @@ def run():
     report(teacher_results)
     batches = T.batches(training_set, teacher.multiple, settings, start, device)
     progress = Progress(settings, start)
-    interrupt = T.Interrupt()
+    interrupt = T.Interrupt(settings, device)
     student.train()
 
     for iteration in range(start, settings.iters):
@@ -134,12 +136,12 @@ def run():
 
         progress.show(iteration, loss, losses)
         log.losses(iteration, loss, losses, lr, settings.log_every)
-        done = iteration + 1
+        done, stop = iteration + 1, interrupt.asked(iteration)
         if done % settings.eval_every == 0 and done < settings.iters:
             log.results(done, evaluate())
-        if done % settings.save_every == 0 or done == settings.iters or interrupt.asked:
+        if done % settings.save_every == 0 or done == settings.iters or stop:
             T.save(out, student, update, done, log, teacher=teacher_results)
-        if interrupt.asked and done < settings.iters:
+        if stop and done < settings.iters:
             return T.say_how_to_go_on("distill.py", out, done)
     progress.close()
     interrupt.release()

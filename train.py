@@ -78,7 +78,7 @@ def run():
     evaluate = lambda: T.evaluate(model, validation_set, settings, autocast)
     batches = T.batches(training_set, model.multiple, settings, start, device)
     progress = Progress(settings, start)
-    interrupt = T.Interrupt()
+    interrupt = T.Interrupt(settings, device)
     model.train()
 
     for iteration in range(start, settings.iters):
@@ -91,12 +91,12 @@ def run():
 
         progress.show(iteration, loss, losses)
         log.losses(iteration, loss, losses, lr, settings.log_every)
-        done = iteration + 1
+        done, stop = iteration + 1, interrupt.asked(iteration)
         if done % settings.eval_every == 0 and done < settings.iters:
             log.results(done, evaluate())
-        if done % settings.save_every == 0 or done == settings.iters or interrupt.asked:
+        if done % settings.save_every == 0 or done == settings.iters or stop:
             T.save(out, model, update, done, log)
-        if interrupt.asked and done < settings.iters:
+        if stop and done < settings.iters:
             return T.say_how_to_go_on("train.py", out, done)
     progress.close()
     interrupt.release()

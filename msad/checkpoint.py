@@ -3,6 +3,7 @@
     {"msad": 1, "config": the ModelConfig's fields, "model": state dict, "training": what a run needs to go on}
 """
 
+import contextlib
 import os
 import pickle
 from collections import Counter
@@ -54,6 +55,16 @@ def read_tensors(path):
         raise InputError(f"{path}: refused: not a file of plain tensors (damaged, or it carries code)") from None
     except Exception as error:  # the unpickler answers damaged bytes with almost any exception
         raise InputError(f"{path}: not a PyTorch file, or damaged ({type(error).__name__})") from None
+
+
+@contextlib.contextmanager
+def blamed(path):
+    """What goes wrong with values that were read from a file is that file's fault: InputError, one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: a damaged checkpoint ({type(error).__name__}: {reason})") from None
 
 
 class Expected(NamedTuple):
@@ -113,6 +124,22 @@ def restore(content, path):
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: its tensors do not fit its description: {reason[:300]}") from None
     return model.eval()
+
+
+def restore_run(training, optimizer, path):
+    """Bring an optimizer to its stored state -> iterations done, length of the log. Raises InputError."""
+    with blamed(path):
+        groups = optimizer.state_dict()["param_groups"]  # these follow from the settings
+        optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
+        names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+        for p, state in optimizer.state.items():
+            shapes = {name: value.shape for name, value in state.items()}
+            if shapes != {name: () if name == "step" else p.shape for name in names}:
+                raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is {shapes}")
+        done, length = training["done"], training["log"]
+        if not (type(done) is type(length) is int and min(done, length) >= 0):
+            raise ValueError(f"done {done!r}, log {length!r}")
+    return done, length
 
 
 def load(path, device="cpu", want=None):

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from . import align
+from .annotations import InputError
 from .data import fitted_size, pad_to_multiple, resize
 from .fcos import FCOSHead
 from .fpn import FPN
@@ -22,6 +23,7 @@ from .retinanet import RetinaNetHead
 
 HEADS = {"fcos": FCOSHead, "retinanet": RetinaNetHead}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALLEST = 32 * 32  # pixels of a batch in training: one of C5, which has no variance
 CANDIDATES_PER_LEVEL = 1000
 DETECTIONS_PER_IMAGE = 100
 
@@ -79,6 +81,9 @@ class Detector(nn.Module):
 
     def pyramid(self, images, shift):
         """Normalised images (N,3,h,w) -> five maps, at P3..P7 (shift 0) or P2..P6 (shift 1)."""
+        if self.training and images[:, 0].numel() <= SMALLEST:
+            size = "x".join(map(str, images.shape[2:]))
+            raise InputError(f"one image of {size} is too little for BatchNorm; raise --batch or --short-sides")
         return self.fpn(self.backbone(images), align.levels(shift))
 
     def pyramids(self, images, branches=None):

@@ -19,6 +19,7 @@ from .annotations import InputError
 from .data import read_image
 
 THRESHOLD = 0.4  # score below which nothing is drawn
+TAGS = 100  # of a panel: of thousands none could be read
 SIDE = 512  # pixels of a panel's long side beside others
 INK, PAPER, RIM = (40, 40, 40), (255, 255, 255), (0, 0, 0, 110)
 
@@ -119,13 +120,13 @@ def panel(image, found, classes, label, threshold=THRESHOLD, side=SIDE):
 
 
 def _draw_boxes(pen, boxes, names, colors, font, frame):
-    """Thin boxes with a dark rim, then a tag for each where it hides the least, the first ones choosing first."""
+    """Thin boxes with a dark rim, then a tag where it hides the least for the first ones, which choose in turn."""
     for (x1, y1, x2, y2), fill in zip(reversed(boxes), reversed(colors)):
         x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)  # Pillow's last pixel is inside
         pen.rectangle([x1 - 1, y1 - 1, x2 + 1, y2 + 1], outline=RIM, width=4)
         pen.rectangle([x1, y1, x2, y2], outline=fill, width=2)
     taken = []
-    for box, name, fill in zip(boxes, names, colors):
+    for box, name, fill in list(zip(boxes, names, colors))[:TAGS]:
         size = math.ceil(font.getlength(name)) + 8, round(1.3 * font.size)
         tag = _place(size, box, taken, boxes, frame)
         if tag:

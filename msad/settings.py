@@ -171,9 +171,12 @@ def settle(kind, given, defaults=None):
 def resume(kind, given, path):
     """A checkpoint and the settings it was trained with. What was typed must not contradict them."""
     content = checkpoint.read(path)
-    stored = (content["training"] or {}).get("settings")
-    if stored is None:
+    if content.get("training") is None:
         raise InputError(f"{path}: holds a model only, nothing to resume a run from")
+    with checkpoint.blamed(path):
+        stored = dict(content["training"]["settings"])
+        for f in fields(kind):
+            check_kind(f, stored.get(f.name, f.default))
     changed = [k for k in given if k not in MAY_CHANGE and given[k] != stored.get(k)]
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} {given[k]} (was {stored.get(k)})" for k in changed)
@@ -182,6 +185,14 @@ def resume(kind, given, path):
         return content, kind(**stored | {k: v for k, v in given.items() if k in MAY_CHANGE})
     except TypeError:
         raise InputError(f"{path}: is another script's run; resume it with that one") from None
+
+
+def check_kind(f, value):
+    """Raise TypeError or ValueError for a value that a field of the settings never has."""
+    if type(value) is not f.type or f.type is tuple and any(type(v) is not int for v in value):
+        raise TypeError(f"{f.name} is {value!r}")
+    if f.metadata["choices"] and value not in (*f.metadata["choices"], f.default):
+        raise ValueError(f"{f.name} is {value!r}")
 
 
 def check_settings(settings):

@@ -37,7 +37,10 @@ def open_data(data, splits=("train", "val")):
     """The annotations of splits of a COCO-layout folder, or of the drawn shapes if `data` is empty."""
     if not data and processes.is_main() and not Path(SHAPES).exists():
         print(f"drawing the embedded data set into {SHAPES} ...", flush=True)
-        shapes.prepare(SHAPES)
+        try:
+            shapes.prepare(SHAPES)
+        except OSError as error:
+            raise InputError(f"{SHAPES}: cannot be written ({error.strerror}); change folder, or give --data") from None
     processes.barrier()
     found = [annotations.read(data or SHAPES, split) for split in splits]
     for split, other in zip(splits[1:], found[1:]):
@@ -190,8 +193,7 @@ def begin(model, saved, settings, device, out):
     optimizer = optimizer_for(model, settings)
     done, length = 0, 0
     if saved:
-        optimizer.load_state_dict(saved["training"]["optimizer"])
-        done, length = saved["training"]["done"], saved["training"]["log"]
+        done, length = checkpoint.restore_run(saved["training"], optimizer, out / "last.pt")
     return done, Log(out / "log.jsonl", length), Update(model, optimizer, settings, device)
 
 
@@ -204,14 +206,21 @@ def say_how_to_go_on(script, out, done):
 class Interrupt:
     """Turns the first SIGTERM or Ctrl-C into a question the loop asks between two iterations."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, settings, device):
+        self.noted, self.every, self.device = False, settings.log_every, device
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
+    def asked(self, iteration):
+        """Whether to stop after this iteration. Several processes agree about it, which takes time: now and then."""
+        if processes.count() == 1:
+            return self.noted
+        noted = torch.tensor(float(self.noted), device=self.device)
+        return iteration % self.every == 0 and bool(processes.mean_over_processes(noted) > 0)
+
     def _note(self, number, frame):
-        if self.asked:
+        if self.noted:
             raise KeyboardInterrupt
-        self.asked = True
+        self.noted = True
 
     def release(self):
         for number, handler in self.before.items():
@@ -225,6 +234,11 @@ def main(run):
     except InputError as error:
         # A worker process wraps the message in its traceback; the last line is ours.
         print(f"error: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
+        code = 2
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print("error: a process that reads images died; go on with --resume and fewer --workers", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -1,7 +1,9 @@
 """What a user can get wrong on the command line: exit code 2 and one line that names it, never a traceback."""
 
 import json
+import os
 import shutil
+import signal
 
 import distill
 import evaluate
@@ -9,6 +11,8 @@ import pytest
 import train
 from folders import annotation_path, draw_rectangles
 from scripts import TINY, call, complaint, start, succeed
+
+from msad import data
 
 DATA_ERRORS = {
     "no such folder": (["--data", "{home}/nothing"], "nothing/annotations/instances_train*.json"),
@@ -53,6 +57,25 @@ def test_values_no_run_can_be_made_of(home, flags):
     assert flags.split()[0] in line
 
 
+def test_a_batch_too_small_for_batchnorm(tmp_path):
+    squares = draw_rectangles(tmp_path / "data", {"train": 2, "val": 1}, sides=(64, 64))
+    flags = [*TINY, "--data", squares, "--out", tmp_path / "out", "--short-sides", 64, "--batch", 1]
+    assert "one image of 32x32 is too little" in complaint(train, *flags)
+    succeed(train, *flags, "--res", "high")
+
+
+def test_a_place_where_the_shapes_cannot_be_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text("a file in the way")
+    assert complaint(train, *TINY).startswith("error: data/shapes: cannot be written")
+
+
+def test_a_worker_that_dies_is_an_error_of_one_line(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    line = complaint(train, *TINY, "--data", home / "data", "--out", tmp_path / "out", "--workers", 1)
+    assert "--workers" in line
+
+
 def test_distilling_needs_a_teacher_that_fits(home, tmp_path):
     flags = [*TINY, "--data", home / "data", "--out", tmp_path / "out"]
     teacher = home / "teacher" / "last.pt"
@@ -68,15 +91,15 @@ def test_distilling_needs_a_teacher_that_fits(home, tmp_path):
 
 
 def test_evaluation_needs_a_checkpoint_a_branch_and_a_place(home):
-    student, data = ["--ckpt", home / "student" / "last.pt"], ["--data", home / "data"]
-    assert "--ckpt" in complaint(evaluate, *data)
-    assert f"{home}/none: no such file" in complaint(evaluate, *data, "--ckpt", home / "none")
-    assert "--res fused" in complaint(evaluate, *data, *student, "--res", "fused")
-    assert "--batch" in complaint(evaluate, *data, *student, "--batch", 0)
-    assert "--workers" in complaint(evaluate, *data, *student, "--workers", -1)
-    assert "--json" in complaint(evaluate, *data, *student, "--json", home / "none" / "a.json")
+    student, data_flags = ["--ckpt", home / "student" / "last.pt"], ["--data", home / "data"]
+    assert "--ckpt" in complaint(evaluate, *data_flags)
+    assert f"{home}/none: no such file" in complaint(evaluate, *data_flags, "--ckpt", home / "none")
+    assert "--res fused" in complaint(evaluate, *data_flags, *student, "--res", "fused")
+    assert "--batch" in complaint(evaluate, *data_flags, *student, "--batch", 0)
+    assert "--workers" in complaint(evaluate, *data_flags, *student, "--workers", -1)
+    assert "--json" in complaint(evaluate, *data_flags, *student, "--json", home / "none" / "a.json")
     assert "instances_val*.json" in complaint(evaluate, *student, "--data", home / "none")
-    assert "--device warp" in complaint(evaluate, *data, *student, "--device", "warp")
+    assert "--device warp" in complaint(evaluate, *data_flags, *student, "--device", "warp")
 
 
 @pytest.fixture

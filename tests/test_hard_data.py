@@ -1,0 +1,182 @@
+"""Data sets no one hopes for, through the whole of train.py: trained on by the stated rule, or refused in one line."""
+
+import json
+import math
+import struct
+import zlib
+
+import pytest
+import train
+from folders import annotation_path, draw_rectangles, noise
+from PIL import Image
+from scripts import TINY, complaint, succeed
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A good data set, to be spoilt. Image number i has the id i + 1."""
+    return draw_rectangles(tmp_path / "data", {"train": 4, "val": 2})
+
+
+def edit(data, change, split="train"):
+    """Let `change` do something to the content of an annotation file."""
+    content = json.loads(annotation_path(data, split).read_text())
+    change(content)
+    annotation_path(data, split).write_text(json.dumps(content))
+
+
+def add_image(data, split, height, width, boxes):
+    """One more noisy picture, with boxes [(x, y, w, h)] of the first class."""
+    name = f"{height}x{width}.png"
+    Image.fromarray(noise(height, width, 0)).save(data / split / name)
+
+    def add(content):
+        number = max(image["id"] for image in content["images"]) + 1
+        content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+        content["annotations"] += [{"image_id": number, "category_id": 5, "bbox": box} for box in boxes]
+
+    edit(data, add, split)
+
+
+def trained(data, *flags):
+    """What train.py prints about a data set it can use, by the first word of each line; every loss was finite."""
+    out = data.parent / "out"
+    printed = succeed(train, *TINY, "--data", data, "--out", out, *flags)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "loss" in entry]
+    assert len(steps) == 4 and all(math.isfinite(value) for entry in steps for value in entry.values())
+    return {line.split(" ")[0]: line for line in printed.splitlines() if line}
+
+
+def refused(data, *flags):
+    """The one line with which train.py stops."""
+    return complaint(train, *TINY, "--data", data, "--out", data.parent / "out", *flags)
+
+
+@pytest.mark.parametrize("flags", [("--res", "multi"), ("--res", "low", "--downsample", "nearest")])
+def test_one_pixel_and_very_long_images_are_trained_on_and_evaluated(data, flags):
+    for split in ("train", "val"):
+        edit(data, lambda content: content["annotations"].clear(), split)
+        for height, width in ((1, 1), (1, 50), (50, 1), (2, 100)):
+            add_image(data, split, height, width, [(0, 0, width, height)])
+    lines = trained(data, *flags)
+    assert "8 images (4 without boxes), 4 boxes" in lines["train"] and "6 images (2 without" in lines["val"]
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_thousands_of_boxes_in_one_image(data, head):
+    boxes = [(x / 2, y / 2, 4 + x % 7, 4 + y % 5) for x in range(80) for y in range(60)]
+    for split in ("train", "val"):
+        edit(data, lambda content: content["annotations"].clear(), split)
+        add_image(data, split, 60, 70, boxes)
+    assert "4800 boxes" in trained(data, "--head", head)["train"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_names_in_other_alphabets_and_subfolders(data, workers):
+    for split in ("train", "val"):
+        (data / split / "été").mkdir()
+
+        def rename(content):
+            for image, letter in zip(content["images"], "雪Ωяü"):
+                name = f"été/{letter} 1.png"
+                (data / split / image["file_name"]).rename(data / split / name)
+                image["file_name"] = name
+
+        edit(data, rename, split)
+    trained(data, "--workers", workers)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_cannot_be_used_is_left_out_and_counted_in_one_line(data, split):
+    nan, inf = float("nan"), float("inf")
+    bad = [{"bbox": box} for box in ([3, 3, 0, 5], [3, 3, 5, -1], [nan, 1, 5, 5], [1, 1, inf, 5], [900, 1, 5, 5])]
+    bad += [{"image_id": 99}, {"category_id": 6}, {"category_id": -1}]
+    kept = [{"bbox": [-10, -10, 500, 500]}, {}, {}]  # cut off at the border; ids that are not unique do no harm
+
+    def spoil(content):
+        content["annotations"] += [content["annotations"][0] | change for change in bad + kept]
+
+    before = json.loads(annotation_path(data, split).read_text())["annotations"]
+    edit(data, spoil, split)
+    lines = trained(data)
+    assert f"images (0 without boxes), {len(before) + len(kept)} boxes (0 crowd), 3 classes" in lines[split]
+    assert lines[split].endswith(
+        "; left out: 2 boxes not finite, 1 boxes outside their image, 2 boxes without area, "
+        "2 of unknown categories, 1 of unknown images"
+    )
+    assert "left out" not in lines["val" if split == "train" else "train"]
+
+
+def test_validation_pictures_without_any_box_have_no_numbers(data):
+    edit(data, lambda content: content["annotations"].clear(), "val")
+    lines = trained(data, "--res", "low")
+    assert "2 images (2 without boxes), 0 boxes" in lines["val"]
+    assert lines["low"].split()[-6:] == ["-"] * 6
+
+
+def declare_a_bomb(path):
+    """A PNG file of some bytes that says it has 20 000 x 20 000 pixels."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def truncate_a_jpeg(path):
+    Image.open(path).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+DAMAGE = {  # to the picture files, all of them: what becomes of each, and what the line says
+    "decompression bomb": (declare_a_bomb, "decompression bomb"),
+    "truncated JPEG": (truncate_a_jpeg, "not readable as an image"),
+    "not an image": (lambda path: path.write_text("hello"), "not readable as an image"),
+    "empty": (lambda path: path.write_bytes(b""), "not readable as an image"),
+    "another size": (lambda path: Image.new("RGB", (33, 44)).save(path), "is 33x44, but its annotations say"),
+    "missing": (lambda path: path.unlink(), "missing (4 of 4 images"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_picture_that_cannot_be_used_stops_the_run_by_name(data, case):
+    spoil, expected = DAMAGE[case]
+    for path in (data / "train").iterdir():
+        spoil(path)
+    line = refused(data)
+    assert line.startswith(f"error: {data}/train/") and ".png: " in line and expected in line
+
+
+def point_outside(content):
+    content["images"][1]["file_name"] = "../annotations/instances_train.json"
+
+
+SPOILT = {  # the annotation file: a change of its content or new bytes (None: no file), and what the line says
+    "no file": (None, "no such file"),
+    "empty": (b"", "is empty"),
+    "half": (b'{"images": [{"id": 1', "is not valid JSON"),
+    "a name outside the folder": (point_outside, "points outside"),
+    "an image id twice": (lambda c: c["images"][0].update(id=2), "image id 2 stands for two images"),
+    "a category id twice": (lambda c: c["categories"][0].update(id=7), "two categories have the same id"),
+    "other classes": (lambda c: c["categories"][2].update(name="violet"), "9 violet"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_annotation_file_that_cannot_be_trusted_stops_the_run(data, split, case):
+    change, expected = SPOILT[case]
+    path = annotation_path(data, split)
+    if change is None:
+        path.unlink()
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        edit(data, change, split)
+    line = refused(data)
+    assert expected in line and (split if case == "other classes" else f"{path.parent}/instances_{split}") in line
+
+
+def test_a_training_split_without_boxes_is_refused(data):
+    edit(data, lambda content: content["annotations"].clear())
+    assert f"{data / 'train'}: no image has a box to learn from" in refused(data)

@@ -1,0 +1,56 @@
+"""`kill -9` at random moments, while saving included: the run that was resumed ends with the same bits."""
+
+import random
+import shutil
+import time
+
+import pytest
+from scripts import assert_same_run, fork, kill, runs, succeed, uninterrupted_runs, wait
+
+from msad import checkpoint
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with an uninterrupted run of either script."""
+    return uninterrupted_runs(tmp_path_factory.mktemp("home"))
+
+
+def wait_for_a_random_moment(process, out, rng):
+    """While the run starts, or soon after it saved; often in the middle of saving."""
+    path = out / "last.pt"
+    stamp = lambda: path.stat().st_mtime_ns if path.exists() else 0
+    before = stamp()
+    if rng.random() < 0.3:
+        time.sleep(rng.uniform(0, 0.6))
+    else:
+        wait(process, lambda: stamp() != before)
+        time.sleep(rng.uniform(0, 0.2))
+    if rng.random() < 0.4:
+        wait(process, (out / "last.pt.tmp").exists)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["trained", "distilled"])
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(home, tmp_path, name, workers):
+    script, flags = runs(home)[name]
+    out, rng = tmp_path / "out", random.Random(f"{name} {workers}")
+    flags += ["--workers", workers, "--out", out, "--resume", "--save-every"]
+    kills, saving, places = 0, 0, set()
+    while kills < KILLS:
+        process = fork(script, *flags, rng.choice((1, 1, 3)))
+        wait_for_a_random_moment(process, out, rng)
+        unfinished = kill(process) != 0
+        done = checkpoint.read(out / "last.pt")["training"]["done"] if (out / "last.pt").exists() else 0
+        if unfinished:
+            kills += 1
+            saving += (out / "last.pt.tmp").exists()
+            places.add(done)
+        else:  # it was faster than that: once more, from the beginning
+            assert_same_run(out, home / name)
+            shutil.rmtree(out)
+    assert saving > 0 and len(places) > 3, (saving, places)
+    succeed(script, *flags, 4)
+    assert_same_run(out, home / name)

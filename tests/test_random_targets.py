@@ -1,0 +1,111 @@
+"""Thousands of random target sets through assignment, losses and detection of both heads: everything stays finite."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from helpers import randomize, tiny_config
+
+from msad.checkpoint import build
+
+SIZE = (64, 128)  # of the high-resolution input
+CELLS = [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]
+BATCHES, IMAGES = 60, 10
+
+
+def make_model(head):
+    """An untrained model that finds things in any pyramid; only its head is used here."""
+    torch.manual_seed(0)
+    model = build(tiny_config("high", head=head))
+    randomize(model.head)
+    with torch.no_grad():
+        model.head.cls_logits.weight.normal_(std=0.1)
+        model.head.box_pred.weight.normal_(std=0.1)
+    return model.eval()
+
+
+def box_of(kind, draw):
+    """One box of a kind, in pixels."""
+    height, width = SIZE
+    x, y = draw.uniform(0, width), draw.uniform(0, height)
+    w, h = draw.uniform(1, 60), draw.uniform(1, 60)
+    return {
+        "plain": [x - w, y - h, x + w, y + h],
+        "of whole pixels": [8 * (x // 8), 8 * (y // 8), 8 * (x // 8) + 16, 8 * (y // 8) + 16],
+        "thin": [x, y - h, x + 10 ** draw.uniform(-6, 0), y + h],
+        "without width": [x, y, x, y + h],
+        "a point": [width, height, width, height],
+        "tiny": [x, y, x + 1e-6 * w, y + 1e-6 * h],
+        "outside": [x + 2 * width, y - 2 * height, x + 2 * width + w, y - 2 * height + h],
+        "the whole image": [0, 0, width, height],
+        "huge": [x - 1e6 * w, y - 1e6 * h, x + 1e6 * w, y + 1e6 * h],
+        "huge and thin": [-1e6 * w, y, 1e6 * w, y + 0.01],
+    }[kind]
+
+
+KINDS = ("plain", "of whole pixels", "thin", "without width", "a point", "tiny", "outside", "the whole image", "huge")
+KINDS += ("huge and thin",)
+
+
+def random_targets(draw, met):
+    """Boxes (M,4) and labels (M,) of one image: none, one, a mixture, or many on top of each other. Counts them."""
+    count = draw.choice((0, 0, 1, 1, 3, 10, 40))
+    kinds = draw.sample(KINDS, draw.randint(1, 4))
+    boxes = [box_of(draw.choice(kinds), draw) for _ in range(count)]
+    if draw.random() < 0.2:
+        boxes = boxes[:1] * count
+    met.update(kinds if count else ["none"])
+    labels = [draw.randrange(3) for _ in boxes]
+    return torch.tensor(boxes).view(-1, 4), torch.tensor(labels, dtype=torch.long)
+
+
+def random_pyramid(model, images, spread):
+    """Five maps that ask for a gradient, of values from nearly nothing to far beyond what a pyramid holds."""
+    channels = model.config.fpn_channels
+    return [(torch.randn(images, channels, *cells) * spread).requires_grad_() for cells in CELLS]
+
+
+def assert_finite(named):
+    for name, value in named:
+        assert value.isfinite().all(), name
+
+
+def detections(model, outputs, draw):
+    """How many things are found, each a box within its image."""
+    originals = [(draw.choice((1, 48, 900)), draw.choice((1, 50, 1100))) for _ in range(IMAGES)]
+    with torch.no_grad():
+        assert_finite(zip(("boxes", "scores"), model.head.decode(outputs)))
+        results = model.postprocess(outputs, "high", [(60, 120)] * IMAGES, originals)
+    for (height, width), found in zip(originals, results, strict=True):
+        boxes, scores = found["boxes"], found["scores"]
+        assert boxes.isfinite().all() and (boxes >= 0).all() and len(boxes) == len(scores) <= 100
+        assert (boxes <= torch.tensor([width, height] * 2) * (1 + 1e-6)).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+        assert ((scores > 0) & (scores <= 1)).all() and scores.equal(scores.sort(descending=True).values)
+    return sum(len(found["scores"]) for found in results)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_whatever_the_targets_losses_gradients_and_detections_are_finite(head, precision):
+    draw, met, positive, found = random.Random(f"{head} {precision}"), Counter(), 0, 0
+    model = make_model(head)
+    for number in range(BATCHES):
+        sets = [random_targets(draw, met) for _ in range(IMAGES)]
+        if number == 0:
+            sets = [(boxes[:0], labels[:0]) for boxes, labels in sets]
+        boxes, labels = map(list, zip(*sets))
+        pyramid = random_pyramid(model, IMAGES, 10 ** draw.uniform(-3, 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            outputs = model.predict({"high": pyramid})
+        targets = model.head.assign(CELLS, boxes, labels)
+        assert_finite(targets.items())
+        positive += ((targets["labels"] >= 0) & (targets["labels"] < 3)).sum()
+        losses = model.losses(outputs, boxes, labels)
+        assert_finite(losses.items())
+        model.zero_grad()
+        sum(losses.values()).backward()
+        assert_finite((name, p.grad) for name, p in model.head.named_parameters())
+        assert_finite((f"level {level}", maps.grad) for level, maps in enumerate(pyramid))
+        found += detections(model, outputs["high"], draw)
+    assert min(positive, found) > 1000 and len(met) == len(KINDS) + 1 and min(met.values()) > 50, (positive, found, met)
