@@ -4,7 +4,6 @@ Run as a script, with "ours" or "peer": prints the megabytes that a step of that
 """
 
 import gc
-import resource
 import statistics
 import subprocess
 import sys
@@ -166,6 +165,12 @@ def peak_memory():
     return [float(subprocess.check_output([sys.executable, __file__, name])) for name in STEPS]
 
 
+def peak():
+    """Megabytes that this process has had at most."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
 STEPS = {"ours": lambda: our_step("teacher"), "peer": peer_step}
 
 
@@ -180,7 +185,7 @@ def growth(large, small, share):
 if __name__ == "__main__":
     make = STEPS[sys.argv[1]]
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     step = make()
     step(), step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak() - before)
