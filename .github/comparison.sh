@@ -21,9 +21,9 @@ run teacher train.py
 run student distill.py $teacher
 run student-alone distill.py $teacher --kd 0
 run conventional train.py --no-align --iters 4000
+run student-pkd distill.py $teacher --kd-loss pkd --kd 3
 run low-alone train.py --res low --iters 4000
 run student-slim distill.py $teacher --head-convs 1
-run student-pkd distill.py $teacher --kd-loss pkd --kd 3
 run student-cold distill.py $teacher --weights none
 run student-cold-alone distill.py $teacher --weights none --kd 0
 if [ "$head-$seed" = fcos-0 ]; then  # a student of half its teacher's width
