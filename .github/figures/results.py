@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from msad import checkpoint, cost
+from msad.curve import ticks
 
 # Row: the run's folder, the branch, and what the row is called.
 ROWS = (
@@ -105,13 +106,13 @@ def draw(found_points, path):
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(14 * fine)
     costs, scores = [p[2] for p in found_points], [p[3] for p in found_points]
-    right, bottom, top = 1.25 * max(costs), int(min(scores)) - 1, int(max(scores)) + 2
+    right, bottom, top = 1.4 * max(costs), int(min(scores)) - 1, int(max(scores)) + 2
     share = lambda y: (y - bottom) / (top - bottom)
     at = lambda x, y: (fine * (60 + (width - 90) * x / right), fine * (height - 55 - (height - 90) * share(y)))
     for y in range(bottom, top + 1, 2):
         pen.line([at(0, y), at(right, y)], GREY, fine)
         pen.text((at(0, y)[0] - 8 * fine, at(0, y)[1]), str(y), INK, font, anchor="rm")
-    for x in [i / 2 for i in range(int(2 * right) + 1)]:
+    for x in ticks(right):
         pen.text((at(x, bottom)[0], at(x, bottom)[1] + 8 * fine), f"{x:g}", INK, font, anchor="mt")
     pen.text((fine * width / 2, fine * (height - 6)), "GMACs of one image, all of the network", INK, font, anchor="mb")
     pen.text((fine * 60, fine * 18), "AP", INK, font, anchor="mm")
@@ -120,11 +121,12 @@ def draw(found_points, path):
         a, b = at(x, y)
         fill = COLORS.get(folder, STUDENT)
         pen.ellipse([a - 5 * fine, b - 5 * fine, a + 5 * fine, b + 5 * fine], fill)
-        row = b
-        while any(abs(row - other) < 17 * fine and abs(a - beside) < 60 * fine for beside, other in taken):
+        words, row = f"{name} {y:.1f}", b
+        start, end = a + 10 * fine, a + 14 * fine + font.getlength(words)
+        while any(abs(row - other) < 17 * fine and start < to and end > since for since, to, other in taken):
             row += 2 * fine
-        taken.append((a, row))
-        pen.text((a + 10 * fine, row), f"{name} {y:.1f}", fill, font, anchor="lm")
+        taken.append((a, end, row))
+        pen.text((start, row), words, fill, font, anchor="lm")
     canvas.resize((width, height), Image.Resampling.LANCZOS).save(path, optimize=True)
 
 
