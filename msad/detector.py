@@ -211,7 +211,9 @@ class Detector(nn.Module):
 
 def best_candidates(boxes, scores):
     """A level's boxes (R,4) and scores (R,K), 0 where out of the question -> the best as boxes, scores, labels."""
-    location, label = scores.nonzero(as_tuple=True)
+    somewhere = scores.amax(1).nonzero().squeeze(1)  # most locations have nothing, and are not looked at twice
+    row, label = scores[somewhere].nonzero(as_tuple=True)
+    location = somewhere[row]
     score = scores[location, label]
     if len(score) > CANDIDATES_PER_LEVEL:
         score, best = score.topk(CANDIDATES_PER_LEVEL)

@@ -85,7 +85,7 @@ class RetinaNetHead(nn.Module):
     def decode(self, outputs):
         """-> boxes (N,R,4) in H's pixels and scores (N,R,K), zero where the class is below the threshold."""
         boxes = deltas_to_boxes(self.anchor_boxes(outputs["sizes"]), outputs["boxes"])
-        return boxes, F.threshold(outputs["logits"].sigmoid(), SCORE_THRESHOLD, 0.0)
+        return boxes, F.threshold_(outputs["logits"].sigmoid(), SCORE_THRESHOLD, 0.0)
 
     def anchor_boxes(self, sizes):
         """All anchors (R,4) in H's pixels, around the upper left corners of the cells."""
