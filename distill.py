@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from msad import align, checkpoint, curve, distillation, evaluation, official, pictures, processes
-from msad import settings as S, training as T
+from msad import align, checkpoint, curve, distillation, evaluation, models, official, pictures
+from msad import processes, settings as S, training as T
 from msad.annotations import InputError
 from msad.data import CocoDataset
 from msad.distillation import LOSSES, ramp
 from msad.log import Progress, introduce
+from msad.tensors import blamed
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def open_run():
     out = Path(given.get("out") or "runs/student")
     if go_on and (out / "last.pt").exists():
         saved, settings = S.resume(Settings, given, out / "last.pt")
-        with checkpoint.blamed(out / "last.pt"):
+        with blamed(out / "last.pt"):
             evaluation.table(saved["training"]["teacher"])
         teacher = checkpoint.load(settings.teacher, want="teacher")
     else:
@@ -73,7 +74,7 @@ def open_models(settings, saved, teacher, out, device):
 
 
 def new_student(settings, teacher):
-    student = checkpoint.build(S.model_config(settings, "low", teacher.config.classes))
+    student = models.build(S.model_config(settings, "low", teacher.config.classes))
     line = "from random weights"
     if settings.weights != "none":
         line = distillation.start_from(student, teacher)

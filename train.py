@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from msad import checkpoint, curve, evaluation, official, pictures, processes, settings as S, training as T
+from msad import checkpoint, curve, evaluation, models, official, pictures, processes, settings as S, training as T
 from msad.data import CocoDataset
 from msad.log import Progress, introduce
 
@@ -68,7 +68,7 @@ def run():
         model = checkpoint.restore(saved, out / "last.pt").to(device)
         T.check_classes("the data", train.classes, "the checkpoint", model.config.classes)
     else:
-        model = checkpoint.build(S.model_config(settings, kind, train.classes)).to(device)
+        model = models.build(S.model_config(settings, kind, train.classes)).to(device)
         official.load_backbone(model.backbone, settings)
     network = processes.parallel(model)
     start, log, update = T.begin(model, saved, settings, device, out)

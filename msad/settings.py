@@ -12,6 +12,7 @@ from . import checkpoint, processes
 from .annotations import InputError
 from .detector import HEADS, ModelConfig
 from .resnet import LAYERS, WIDTHS
+from .tensors import blamed
 
 MAY_CHANGE = ("data", "device", "out", "workers", "save_every")  # on --resume, without changing the result
 
@@ -173,7 +174,7 @@ def resume(kind, given, path):
     content = checkpoint.read(path)
     if content.get("training") is None:
         raise InputError(f"{path}: holds a model only, nothing to resume a run from")
-    with checkpoint.blamed(path):
+    with blamed(path):
         stored = dict(content["training"]["settings"])
         for f in fields(kind):
             check_kind(f, stored.get(f.name, f.default))

@@ -13,14 +13,14 @@ import torch
 from benchmark_networks import CLASSES, config, median
 from PIL import Image
 
-from msad import annotations, checkpoint, data
+from msad import annotations, data, models
 
 THREADS = torch.get_num_threads()
 
 
 def pixels():
     """Computed for an image of 800x1333, and its own."""
-    height, width = checkpoint.build(config("high", backbone="resnet18")).padded_size((800, 1333))
+    height, width = models.build(config("high", backbone="resnet18")).padded_size((800, 1333))
     return height * width, 800 * 1333
 
 

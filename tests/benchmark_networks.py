@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 
-from msad import align, checkpoint, distillation, settings, training
+from msad import align, distillation, models, settings, training
 from msad.detector import ModelConfig
 
 HEIGHT, WIDTH = 512, 768
@@ -46,7 +46,7 @@ def updated(model):
 
 def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
     """A training step as train.py makes it, from uint8 images to updated weights."""
-    model = checkpoint.build(config(kind, head=head)).train()
+    model = models.build(config(kind, head=head)).train()
     update = updated(model)
     images, boxes, labels = pictures(batch, kind == "low", scale)
     autocast = training.autocast_for(CPU, precision)
@@ -62,8 +62,8 @@ def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
 
 def our_distillation(batch=2):
     """A step as distill.py makes it: the frozen teacher's fused pyramid, the student forward and backward."""
-    teacher = distillation.freeze(checkpoint.build(config("teacher")))
-    student = checkpoint.build(config("low")).train()
+    teacher = distillation.freeze(models.build(config("teacher")))
+    student = models.build(config("low")).train()
     update = updated(student)
     images, boxes, labels = pictures(batch)
 
@@ -81,7 +81,7 @@ def our_distillation(batch=2):
 
 def our_inference(precision="fp32", **changes):
     """One low-resolution image to boxes."""
-    model = checkpoint.build(config("low", **changes)).folded()
+    model = models.build(config("low", **changes)).folded()
     image = pictures(1, low=True)[0][0].float() / 255
     autocast = training.autocast_for(CPU, precision)
 
@@ -136,7 +136,7 @@ def median(function, runs=7):
 
 def assignment(head):
     """Seconds of the assignment for a batch, and of the training step it is part of."""
-    model = checkpoint.build(config("high", head=head))
+    model = models.build(config("high", head=head))
     _, boxes, labels = pictures(2)
     sizes = [(HEIGHT // stride, WIDTH // stride) for stride in align.STRIDES]
     return median(lambda: model.head.assign(sizes, boxes, labels)), median(our_step("high", head), 3)
@@ -145,7 +145,7 @@ def assignment(head):
 def postprocessing(head):
     """Seconds from outputs to detections, and of the inference they are part of. Every location that trains an object,
     of 100 in the image, finds it; the others find nothing."""
-    model = checkpoint.build(config("low", head=head)).folded()
+    model = models.build(config("low", head=head)).folded()
     images, boxes, labels = pictures(1, low=True)
     with torch.inference_mode():
         outputs = model.predict(model.pyramids(model.normalize(images, [images.shape[-2:]])))["low"]

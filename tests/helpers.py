@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from msad import ModelConfig
-from msad.checkpoint import build
+from msad.models import build
 
 CLASSES = ({"id": 3, "name": "disk"}, {"id": 7, "name": "star"}, {"id": 20, "name": "frame"})
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_model
 
-from msad import checkpoint
+from msad import checkpoint, models
 from msad.annotations import InputError
 
 
@@ -147,7 +147,7 @@ def test_random_damage_gives_a_model_or_one_clear_line(saved):
             changed[part][rng.choice(list(changed[part]))] = rng.choice(STRANGE)
             torch.save(changed, saved)
         try:
-            outcomes[checkpoint.load(saved).config.kind in checkpoint.KINDS] += 1
+            outcomes[checkpoint.load(saved).config.kind in models.KINDS] += 1
         except InputError as error:
             assert str(saved) in str(error) and "\n" not in str(error)
             outcomes[False] += 1
@@ -155,7 +155,7 @@ def test_random_damage_gives_a_model_or_one_clear_line(saved):
 
 
 def test_what_an_optimizer_needs_survives(tmp_path):
-    model = checkpoint.build(tiny_config("high"))
+    model = models.build(tiny_config("high"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()

@@ -11,7 +11,7 @@ from PIL import Image
 from scripts import succeed
 from torch import nn
 
-from msad import annotations, checkpoint, cost
+from msad import annotations, checkpoint, cost, models
 from msad.data import CocoDataset
 
 BRANCHES = [("high", "high"), ("low", "low"), ("teacher", "high"), ("teacher", "low"), ("conventional", "low")]
@@ -40,7 +40,7 @@ def by_hand(model, branch, images):
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
 @pytest.mark.parametrize("kind, branch", [*BRANCHES, ("teacher", "fused")])
 def test_macs_are_those_of_every_convolution_that_runs(kind, branch, head):
-    model = checkpoint.build(tiny_config(kind, head=head)).eval()
+    model = models.build(tiny_config(kind, head=head)).eval()
     found = cost.gmacs(model, branch, 120, 192)  # padded to 128 x 192
     expected = by_hand(model, branch, torch.zeros(1, 3, *((64, 96) if kind == "low" else (128, 192))))
     assert [found[part] for part in cost.PARTS] == pytest.approx([expected[part] for part in cost.PARTS], rel=1e-9)
@@ -62,7 +62,7 @@ def test_low_resolution_saves_three_quarters_of_all_but_the_head():
 
 
 def test_counting_leaves_the_model_alone():
-    model = checkpoint.build(tiny_config("teacher")).train()
+    model = models.build(tiny_config("teacher")).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     cost.gmacs(model, "fused", 64, 64)
     assert model.training and all(t.equal(before[n]) for n, t in model.state_dict().items())

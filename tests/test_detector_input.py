@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_model
 
 import msad
-from msad import checkpoint
+from msad import checkpoint, models
 from msad.annotations import InputError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -95,7 +95,7 @@ def test_several_branches_at_once_equal_each_alone():
         torch.testing.assert_close(detections[0]["boxes"], expected["boxes"] * 2, rtol=1e-3, atol=0.02)
 
 
-@pytest.mark.parametrize("kind", checkpoint.KINDS)
+@pytest.mark.parametrize("kind", models.KINDS)
 def test_a_model_comes_back_from_its_file_as_it_was(kind, tmp_path):
     model = tiny_model(kind, width=0.5, head_convs=2)
     checkpoint.save(tmp_path / "model.pt", model.train())

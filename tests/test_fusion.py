@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_model
 
-from msad.checkpoint import build
+from msad.models import build
 from msad.teacher import CrossingFusion
 
 SIZES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]

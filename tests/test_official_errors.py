@@ -12,6 +12,7 @@ from helpers import tiny_model
 from official_files import empty_state
 
 from msad import InputError, checkpoint, official
+from msad.official.__main__ import convert
 from msad.resnet import ResNet
 
 
@@ -103,5 +104,5 @@ def test_the_converter_refuses_what_needs_no_converting(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "a.pt", tiny_model("low"))
     monkeypatch.setattr(sys, "argv", ["official", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")])
     with pytest.raises(InputError, match="a.pt: is a checkpoint of this program already"):
-        official.convert()
+        convert()
     assert not (tmp_path / "b.pt").exists()

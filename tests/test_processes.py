@@ -17,7 +17,7 @@ import train
 from folders import draw_rectangles
 from helpers import randomize, tiny_config, tiny_model
 
-from msad import annotations, checkpoint, distillation, evaluation, processes
+from msad import annotations, checkpoint, distillation, evaluation, models, processes
 from msad.annotations import InputError
 from msad.data import CocoDataset
 
@@ -44,7 +44,7 @@ def random_batch(counts):
 def gradients(kind, head, counts, rank=0, count=1):
     """{parameter: gradient} of a model on its process's part of a batch; BatchNorm uses its running statistics."""
     torch.manual_seed(0)
-    model = checkpoint.build(tiny_config(kind, head=head))
+    model = models.build(tiny_config(kind, head=head))
     randomize(model)
     network = processes.parallel(model).eval()
     images, boxes, labels = random_batch(counts)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import randomize, tiny_config
 
-from msad.checkpoint import build
+from msad.models import build
 
 SIZE = (64, 128)  # of the high-resolution input
 CELLS = [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]

@@ -13,7 +13,7 @@ import train
 from PIL import Image
 from scripts import ROOT, TINY, succeed
 
-from msad import align, checkpoint, settings, shapes
+from msad import align, models, settings, shapes
 from msad.detector import ModelConfig
 
 README = (ROOT / "README.md").read_text()
@@ -38,8 +38,8 @@ def printed(row):
 @torch.no_grad()
 def test_the_table_of_shapes_is_what_one_image_becomes():
     classes = tuple({"id": k, "name": str(k)} for k in range(80))
-    teacher = checkpoint.build(ModelConfig("teacher", classes)).to("meta")
-    student = checkpoint.build(ModelConfig("low", classes)).to("meta")
+    teacher = models.build(ModelConfig("teacher", classes)).to("meta")
+    student = models.build(ModelConfig("low", classes)).to("meta")
     assert teacher.padded_size((800, 1333)) == (832, 1344)
     high = torch.empty(1, 3, 832, 1344, device="meta")
     low = align.downsample(high)

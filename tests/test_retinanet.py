@@ -15,7 +15,7 @@ from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from helpers import tiny_config
 from msad import align
-from msad.checkpoint import build
+from msad.models import build
 from msad.retinanet import RetinaNetHead
 
 SIZES = [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]  # of a 64x128 image

@@ -12,7 +12,7 @@ import train
 from folders import COLORS, draw_rectangles
 from scripts import TINY, call, succeed
 
-from msad import checkpoint, evaluation
+from msad import checkpoint, evaluation, models
 from msad.detector import Detector
 from msad.teacher import MultiScale, Teacher
 
@@ -132,7 +132,7 @@ def test_evaluate_agrees_where_there_is_something_to_find(home, tmp_path):
 
 def test_a_student_s_file_holds_the_student_only(home):
     content = torch.load(home / "student" / "last.pt", weights_only=True)
-    fresh = checkpoint.build(checkpoint.read(home / "student" / "last.pt")["config"])
+    fresh = models.build(checkpoint.read(home / "student" / "last.pt")["config"])
     assert list(content["model"]) == list(fresh.state_dict())
     assert not any("fusion" in key or "teacher" in key or "p7" in key for key in content["model"])
     sizes = [p.numel() for p in fresh.parameters()]

@@ -6,7 +6,7 @@ from helpers import tiny_config
 from torch import nn
 
 import msad
-from msad import align, annotations, boxes as box_ops, checkpoint, detector, distillation, evaluation
+from msad import align, annotations, boxes as box_ops, checkpoint, detector, distillation, evaluation, models
 from msad.data import CocoDataset
 from msad.dense import flatten_cells
 
@@ -52,13 +52,13 @@ class CenterHead(nn.Module):
 def test_teacher_student_baseline_files_and_evaluation_take_any_head(tmp_path, monkeypatch):
     monkeypatch.setitem(detector.HEADS, "center", CenterHead)
     torch.manual_seed(0)
-    teacher = checkpoint.build(tiny_config("teacher", head="center"))
-    student = checkpoint.build(tiny_config("low", head="center"))
+    teacher = models.build(tiny_config("teacher", head="center"))
+    student = models.build(tiny_config("low", head="center"))
     assert distillation.start_from(student, teacher).endswith("new nothing")
     images = torch.randn(2, 3, 128, 128)
     boxes, labels = [torch.tensor([[20.0, 30, 60, 70]])] * 2, [torch.tensor([1])] * 2
 
-    for model in (teacher, checkpoint.build(tiny_config("conventional", head="center"))):
+    for model in (teacher, models.build(tiny_config("conventional", head="center"))):
         _, outputs = model(images)
         losses = model.losses(outputs, boxes, labels)
         assert set(losses) == {f"{branch}/{part}" for branch in model.branches for part in ("cls", "box")}

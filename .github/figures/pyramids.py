@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from msad import align
-from msad.checkpoint import build
+from msad.models import build
 from msad.detector import ModelConfig
 
 HEIGHT, WIDTH = 832, 1344

@@ -23,12 +23,12 @@ import torch
 import torchvision
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
-from . import checkpoint, processes
-from .annotations import InputError
-from .checkpoint import Expected, shape_of, take
-from .detector import STD, ModelConfig
-from .resnet import LAYERS, WIDTHS, ResNet
-from .settings import Parser
+from .. import processes
+from ..annotations import InputError
+from ..detector import STD, ModelConfig
+from ..models import build
+from ..resnet import LAYERS, WIDTHS, ResNet
+from ..tensors import Expected, read_tensors, shape_of, take
 
 CATEGORIES = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # at their ids, with words for ids not in use
 COCO = tuple({"id": i, "name": name} for i, name in enumerate(CATEGORIES) if name not in ("__background__", "N/A"))
@@ -71,7 +71,7 @@ def expected_backbone(width):
 def expected_detector(letter, width, unwanted=""):
     """{name: Expected} of the detector `letter`: T, with the gate, or S. `unwanted` says why none of it is used."""
     with torch.device("meta"):
-        full = checkpoint.build(config_of("teacher", width)).state_dict()
+        full = build(config_of("teacher", width)).state_dict()
     backbone = expected_backbone(width).items()
     expected = {f"{letter}_backbone.bottom_up.{name}": e._replace(ours=f"backbone.{e.ours}") for name, e in backbone}
     for ours, tensor in full.items():
@@ -134,7 +134,7 @@ def translate(content, source, want=None):
 
     config = config_of("low" if role == "student" else "teacher", width)
     with torch.device("meta"):
-        model = checkpoint.build(config)
+        model = build(config)
     used["head.scales"] = torch.cat([used.pop(f"head.scales.{level}") for level in range(len(model.head.scales))])
     return {"config": config, "model": cut(used, model, "backbone.conv1.weight"), "training": None, "summary": summary}
 
@@ -151,7 +151,7 @@ def load_backbone(backbone, settings):
     if settings.weights == "imagenet":
         content = download(settings.backbone)
     else:
-        content = checkpoint.read_tensors(settings.weights)
+        content = read_tensors(settings.weights)
     state, origin = state_of(content, source)
     if origin == "detector":
         raise InputError(f"{source}: holds a detector; it is for distill.py --teacher and evaluate.py --ckpt")
@@ -177,22 +177,3 @@ def download(backbone):
     except OSError as error:
         mend = "give a file (--weights FILE) or start from nothing (--weights none)"
         raise InputError(f"the ImageNet weights of {backbone} cannot be downloaded ({error}); {mend}") from None
-
-
-def convert():
-    """The command line: rewrite an authors' detector as a checkpoint of this program."""
-    parser = Parser(prog="python -m msad.official", description="Convert a detector of the authors' once.")
-    parser.add_argument("source", metavar="IN.pth")
-    parser.add_argument("target", metavar="OUT.pt")
-    args = parser.parse_args()
-    content = checkpoint.read(args.source)
-    if "summary" not in content:
-        raise InputError(f"{args.source}: is a checkpoint of this program already")
-    checkpoint.save(args.target, checkpoint.restore(content, args.source))
-    print(f"{content['summary']}\nwritten to {args.target}")
-
-
-if __name__ == "__main__":
-    from .training import main  # only a program needs it
-
-    main(convert)
