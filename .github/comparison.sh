@@ -17,17 +17,18 @@ run() {  # the folder's name, the script, its flags
 }
 
 teacher="--teacher $runs/teacher/last.pt"
+pkd="--kd-loss pkd --kd 3"
 run teacher train.py
-run student distill.py $teacher
+run student-pkd distill.py $teacher $pkd
 run student-alone distill.py $teacher --kd 0
+run student distill.py $teacher
 run conventional train.py --no-align --iters 4000
-run student-pkd distill.py $teacher --kd-loss pkd --kd 3
 run low-alone train.py --res low --iters 4000
-run student-slim distill.py $teacher --head-convs 1
+run student-slim distill.py $teacher --head-convs 1 $pkd
 run student-cold distill.py $teacher --weights none
 run student-cold-alone distill.py $teacher --weights none --kd 0
 if [ "$head-$seed" = fcos-0 ]; then  # a student of half its teacher's width
     run teacher-wide train.py --width 0.5
-    run student-half distill.py --teacher "$runs/teacher-wide/last.pt" --width 0.25
+    run student-half distill.py --teacher "$runs/teacher-wide/last.pt" --width 0.25 $pkd
     run student-half-alone distill.py --teacher "$runs/teacher-wide/last.pt" --width 0.25 --kd 0
 fi

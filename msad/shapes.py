@@ -1,9 +1,10 @@
 """The embedded data set: pictures of shapes in COCO format, drawn once from a seed, the same bytes every time.
 
 It is made to be learnt in minutes and still be a fair test of low-resolution detection: six classes in pairs that share
-an outline and differ in detail, sizes log-uniform over all five pyramid levels, tilts, gradients, blur, noise, low
-contrast, clutter that is nothing, and shapes that cover each other in part. As on COCO, where 480 pixels become 800, a
-picture is smaller than the network's high-resolution input, here 256x256: low resolution is 0.9 of the picture's own.
+an outline and differ in detail, log-uniform sizes, tilts, gradients, blur, noise, low contrast, clutter that is
+nothing, and shapes that cover each other in part. As on COCO, where 480 pixels become 800, a picture is smaller than
+the network's high-resolution input, here 256x256: low resolution is 0.9 of the picture's own. And as on COCO half of
+the objects are the finest level's, the one that L reads at P2; none is as large as the coarsest level is for.
 """
 
 import json
