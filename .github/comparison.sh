@@ -1,29 +1,36 @@
 #!/usr/bin/env bash
-# All runs of the README's comparison for one head and seed, one after another, into runs/HEAD-SEED/.
-#     .github/comparison.sh fcos 0
-# Stopped and started again, it goes on where it was. Teacher and student train 2 000 iterations each; whatever trains
-# in one go trains 4 000.
+# All runs of the README's comparison for one head and seed, one after another, into runs/HEAD-SEED/, or for a folder
+# of photos in COCO's layout into runs/PHOTOS-SEED/.
+#     .github/comparison.sh fcos 0 [PHOTOS]
+# Stopped and started again, it goes on where it was. Teacher and student train equally long; whatever trains in one go
+# trains as long as both together.
 set -euo pipefail
-head=$1 seed=$2
-runs=runs/$head-$seed
+head=$1 seed=$2 name=$1 iters=2000 data=()
+if [ $# = 3 ]; then
+    name=$(basename "$3") iters=1000 data=(--data "$3" --recipe small)
+fi
+runs=runs/$name-$seed
 mkdir -p "$runs"
 
 run() {  # the folder's name, the script, its flags
-    local name=$1 script=$2
+    local folder=$1 script=$2
     shift 2
-    [ -e "$runs/$name/finished" ] && return
-    python "$script" --out "$runs/$name" --resume --head "$head" --seed "$seed" "$@" >> "$runs/$name.txt" 2>&1
-    touch "$runs/$name/finished"
+    [ -e "$runs/$folder/finished" ] && return
+    python "$script" --out "$runs/$folder" --resume --head "$head" --seed "$seed" --iters "$iters" \
+        ${data[@]+"${data[@]}"} "$@" >> "$runs/$folder.txt" 2>&1
+    touch "$runs/$folder/finished"
 }
 
 teacher="--teacher $runs/teacher/last.pt"
 pkd="--kd-loss pkd --kd 3"
+both=$((2 * iters))
 run teacher train.py
 run student-pkd distill.py $teacher $pkd
 run student-alone distill.py $teacher --kd 0
 run student distill.py $teacher
-run conventional train.py --no-align --iters 4000
-run low-alone train.py --res low --iters 4000
+run conventional train.py --no-align --iters $both
+run low-alone train.py --res low --iters $both
+[ $# = 3 ] && exit
 run student-slim distill.py $teacher --head-convs 1 $pkd
 run student-cold distill.py $teacher --weights none
 run student-cold-alone distill.py $teacher --weights none --kd 0

@@ -18,6 +18,7 @@ from msad.detector import ModelConfig
 
 README = (ROOT / "README.md").read_text()
 INSTALL, COMPARISON = "pip install -r requirements.txt", ".github/comparison.sh fcos 0"
+PHOTOS = f"{COMPARISON} photos"
 SCRIPTS = {"train.py": train, "distill.py": distill, "evaluate.py": evaluate}
 
 
@@ -83,7 +84,7 @@ def test_every_command_runs_or_is_marked_as_not_run(tmp_path, monkeypatch):
                 flags[flags.index("DIR")] = "data/shapes"
             succeed(script, *flags, *([] if script is evaluate else TINY))
         else:
-            assert command in (INSTALL, "python -m pytest", COMPARISON), command
+            assert command in (INSTALL, "python -m pytest", COMPARISON, PHOTOS), command
     assert len(known) >= 6
 
 
@@ -94,9 +95,12 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_pat
     python.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for _ in range(2):  # the second time everything is there already
-        subprocess.run([ROOT / COMPARISON.split()[0], "fcos", "0"], cwd=tmp_path, env=environment, check=True)
+        for command in (COMPARISON, PHOTOS):
+            script, *arguments = command.split()
+            subprocess.run([ROOT / script, *arguments], cwd=tmp_path, env=environment, check=True)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == len(set(calls)) >= 8
+    assert len(calls) == len(set(calls)) >= 14
+    assert sum("--data photos --recipe small" in call for call in calls) >= 6
     for call in calls:
         name, *flags = call.split()
         before, sys.argv = sys.argv, [name, *flags]

@@ -28,9 +28,12 @@ ROWS = (
     ("student-alone", "low", "student, no distillation"),
     ("student", "low", "**student, the paper's L1**"),
     ("student-pkd", "low", "**student, PKD's correlation**"),
-    ("student-slim", "low", "student, L1, half the head's convolutions"),
+    ("student-slim", "low", "slim student, PKD: one convolution a tower"),
     ("student-cold-alone", "low", "cold start, no distillation"),
     ("student-cold", "low", "cold start, L1"),
+    ("teacher-wide", "fused", "aligned teacher of twice the width, fused"),
+    ("student-half-alone", "low", "its student of half that width, no distillation"),
+    ("student-half", "low", "its student of half that width, PKD"),
 )
 PAIRS = (
     ("student", "conventional", "low"),
@@ -40,8 +43,10 @@ PAIRS = (
     ("student-pkd", "conventional", "high"),
     ("student-pkd", "student-alone", "low"),
     ("student-cold", "student-cold-alone", "low"),
-    ("student-slim", "student", "low"),
+    ("student-slim", "student-pkd", "low"),
+    ("student-half", "student-half-alone", "low"),
     ("student-alone", "low-alone", "low"),
+    ("teacher", "conventional", "low"),
 )
 INK, GREY = (40, 40, 40), (222, 222, 222)
 COLORS = {"conventional": (110, 110, 110), "teacher": (44, 95, 160), "low-alone": (110, 110, 110)}
