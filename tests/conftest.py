@@ -4,5 +4,22 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))  # msad and the scripts, for a bare `pytest` too
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """A folder with a small data set, a teacher, and an uninterrupted run of either script. Not to be written to."""
+    import train  # not before the threads are set
+    from folders import draw_rectangles
+    from scripts import TINY, runs, succeed
+
+    home = tmp_path_factory.mktemp("uninterrupted")
+    draw_rectangles(home / "data", {"train": 12, "val": 2})
+    succeed(train, *TINY, "--data", home / "data", "--out", home / "teacher")
+    for name, (script, flags) in runs(home).items():
+        succeed(script, *flags, "--out", home / name)
+    return home

@@ -15,7 +15,6 @@ from pathlib import Path
 import distill
 import torch
 import train
-from folders import draw_rectangles
 from tqdm import tqdm
 
 from msad import training
@@ -120,15 +119,6 @@ def runs(home):
         "trained": (train, [*LONG, *data, "--res", "low"]),
         "distilled": (distill, [*LONG, *data, "--kd-ramp", "20", "--teacher", home / "teacher" / "last.pt"]),
     }
-
-
-def uninterrupted_runs(home):
-    """Fill a folder with a small data set, a teacher, and an uninterrupted run of either script."""
-    draw_rectangles(home / "data", {"train": 12, "val": 2})
-    succeed(train, *TINY, "--data", home / "data", "--out", home / "teacher")
-    for name, (script, flags) in runs(home).items():
-        succeed(script, *flags, "--out", home / name)
-    return home
 
 
 def assert_same_run(one, other):

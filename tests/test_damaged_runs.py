@@ -2,19 +2,14 @@
 
 import copy
 import random
+import shutil
 from collections import Counter
 
 import pytest
 import torch
-from scripts import call, runs, uninterrupted_runs
+from scripts import call, runs
 
 STRANGE = (None, "x", "", -1, 0, 0.5, float("nan"), 1e300, 10**30, True, [], {}, (1,), {"id": 1}, torch.zeros(2))
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a finished run of either script."""
-    return uninterrupted_runs(tmp_path_factory.mktemp("home"))
 
 
 def edited(content, rng):
@@ -34,15 +29,16 @@ def edited(content, rng):
 
 
 @pytest.mark.parametrize("name", ["trained", "distilled"])
-def test_resuming_from_a_random_edit_goes_on_or_says_why_not(home, name):
-    script, _ = runs(home)[name]
-    path, rng, outcomes = home / name / "last.pt", random.Random(name), Counter()
+def test_resuming_from_a_random_edit_goes_on_or_says_why_not(uninterrupted, tmp_path, name):
+    script, _ = runs(uninterrupted)[name]
+    path = shutil.copytree(uninterrupted / name, tmp_path / "out") / "last.pt"
+    rng, outcomes = random.Random(name), Counter()
     content = torch.load(path, weights_only=True)
     content["training"]["done"] = 19
     for _ in range(50):
         changed, where = edited(content, rng)
         torch.save(changed, path)
-        code, _, complained = call(script, "--resume", "--out", path.parent, "--data", home / "data")
+        code, _, complained = call(script, "--resume", "--out", path.parent, "--data", uninterrupted / "data")
         assert code == 0 or (code == 2 and complained.count("\n") == 1 and complained.startswith("error: ")), where
         outcomes[code] += 1
     assert min(outcomes[0], outcomes[2]) > 5, outcomes

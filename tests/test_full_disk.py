@@ -5,25 +5,19 @@ import os
 
 import pytest
 import train
-from scripts import TINY, assert_same_run, complaint, fork, kill, runs, succeed, uninterrupted_runs, wait
+from scripts import TINY, assert_same_run, complaint, fork, kill, runs, succeed, wait
 
 from msad import checkpoint
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with an uninterrupted run of either script."""
-    return uninterrupted_runs(tmp_path_factory.mktemp("home"))
-
-
 @pytest.fixture(params=["trained", "distilled"])
-def killed(request, home, tmp_path):
+def killed(request, uninterrupted, tmp_path):
     """A run that was killed: the script, its folder, and the folder of the same run uninterrupted."""
-    script, flags = runs(home)[request.param]
+    script, flags = runs(uninterrupted)[request.param]
     process = fork(script, *flags, "--out", tmp_path / "out", "--save-every", 1)
     wait(process, (tmp_path / "out" / "last.pt").exists)
     assert kill(process) != 0
-    return script, tmp_path / "out", home / request.param
+    return script, tmp_path / "out", uninterrupted / request.param
 
 
 def complaint_of_a_full_disk(script, *flags, largest_file, report):
@@ -58,7 +52,7 @@ def test_a_log_that_was_lost_does_not_keep_a_run_from_going_on(killed):
     assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()[logged:]
 
 
-def test_a_log_that_cannot_be_opened_is_named(home, tmp_path):
+def test_a_log_that_cannot_be_opened_is_named(uninterrupted, tmp_path):
     (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
-    line = complaint(train, *TINY, "--data", home / "data", "--out", tmp_path / "out", "--resume")
+    line = complaint(train, *TINY, "--data", uninterrupted / "data", "--out", tmp_path / "out", "--resume")
     assert f"{tmp_path / 'out' / 'log.jsonl'}: cannot be written" in line

@@ -5,17 +5,11 @@ import shutil
 import time
 
 import pytest
-from scripts import assert_same_run, fork, kill, runs, succeed, uninterrupted_runs, wait
+from scripts import assert_same_run, fork, kill, runs, succeed, wait
 
 from msad import checkpoint
 
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with an uninterrupted run of either script."""
-    return uninterrupted_runs(tmp_path_factory.mktemp("home"))
 
 
 def wait_for_a_random_moment(process, out, rng):
@@ -34,8 +28,8 @@ def wait_for_a_random_moment(process, out, rng):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", ["trained", "distilled"])
-def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(home, tmp_path, name, workers):
-    script, flags = runs(home)[name]
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(uninterrupted, tmp_path, name, workers):
+    script, flags = runs(uninterrupted)[name]
     out, rng = tmp_path / "out", random.Random(f"{name} {workers}")
     flags += ["--workers", workers, "--out", out, "--resume", "--save-every"]
     kills, saving, places = 0, 0, set()
@@ -49,8 +43,8 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(home, tmp_path, 
             saving += (out / "last.pt.tmp").exists()
             places.add(done)
         else:  # it was faster than that: once more, from the beginning
-            assert_same_run(out, home / name)
+            assert_same_run(out, uninterrupted / name)
             shutil.rmtree(out)
     assert saving > 0 and len(places) > 3, (saving, places)
     succeed(script, *flags, 4)
-    assert_same_run(out, home / name)
+    assert_same_run(out, uninterrupted / name)

@@ -7,15 +7,9 @@ import signal
 import distill
 import pytest
 import train
-from scripts import assert_same_run, call, complaint, runs, start, succeed, uninterrupted_runs, wait_for_lines
+from scripts import assert_same_run, call, complaint, runs, start, succeed, wait_for_lines
 
 from msad import checkpoint, training
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a small data set, a teacher, and an uninterrupted run of either script."""
-    return uninterrupted_runs(tmp_path_factory.mktemp("home"))
 
 
 def lines(out):
@@ -23,8 +17,8 @@ def lines(out):
 
 
 @pytest.mark.parametrize("name, number", [("trained", signal.SIGTERM), ("distilled", signal.SIGINT)])
-def test_stopped_then_killed_then_resumed_equals_uninterrupted(home, tmp_path, name, number):
-    script, flags = runs(home)[name]
+def test_stopped_then_killed_then_resumed_equals_uninterrupted(uninterrupted, tmp_path, name, number):
+    script, flags = runs(uninterrupted)[name]
     out = tmp_path / "out"
     process = start(script.__name__, *flags, "--out", out, cwd=tmp_path)
     wait_for_lines(process, out / "log.jsonl", 3)
@@ -44,12 +38,12 @@ def test_stopped_then_killed_then_resumed_equals_uninterrupted(home, tmp_path, n
 
     (out / "last.pt.tmp").write_bytes(b"half a checkpoint")
     succeed(script, "--resume", "--out", out, "--workers", 1)
-    assert_same_run(out, home / name)
+    assert_same_run(out, uninterrupted / name)
 
 
 @pytest.mark.parametrize("name", ["trained", "distilled"])
-def test_a_crash_while_saving_costs_nothing_but_the_iterations_since(home, tmp_path, name, monkeypatch):
-    script, flags = runs(home)[name]
+def test_a_crash_while_saving_costs_nothing_but_the_iterations_since(uninterrupted, tmp_path, name, monkeypatch):
+    script, flags = runs(uninterrupted)[name]
     replace, replaced = os.replace, []
 
     def crash(source, target):
@@ -65,40 +59,40 @@ def test_a_crash_while_saving_costs_nothing_but_the_iterations_since(home, tmp_p
     with open(tmp_path / "out" / "log.jsonl", "ab") as log:  # what a disk may hold after the power failed
         log.write(bytes(50_000))
     succeed(script, "--resume", "--out", tmp_path / "out")
-    assert_same_run(tmp_path / "out", home / name)
+    assert_same_run(tmp_path / "out", uninterrupted / name)
 
 
-def test_resuming_a_finished_run_changes_nothing(home, tmp_path):
-    shutil.copytree(home / "distilled", tmp_path / "out")
+def test_resuming_a_finished_run_changes_nothing(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted / "distilled", tmp_path / "out")
     printed = succeed(distill, "--resume", "--out", tmp_path / "out")
-    assert_same_run(tmp_path / "out", home / "distilled")
+    assert_same_run(tmp_path / "out", uninterrupted / "distilled")
     assert "student @ low" in printed
 
 
-def test_resuming_from_nothing_starts_from_the_beginning(home, tmp_path):
-    script, flags = runs(home)["trained"]
+def test_resuming_from_nothing_starts_from_the_beginning(uninterrupted, tmp_path):
+    script, flags = runs(uninterrupted)["trained"]
     succeed(script, *flags, "--out", tmp_path / "out", "--resume")
-    assert_same_run(tmp_path / "out", home / "trained")
+    assert_same_run(tmp_path / "out", uninterrupted / "trained")
 
 
 @pytest.mark.parametrize("flags", ["--res high", "--iters 31", "--seed 5", "--short-sides 64", "--lr 1", "--no-align"])
-def test_resuming_with_other_settings_names_them(home, flags):
-    before = (home / "trained" / "log.jsonl").read_bytes()
-    line = complaint(train, "--resume", "--out", home / "trained", *flags.split())
-    assert flags.split()[0] in line and str(home / "trained" / "last.pt") in line
-    assert (home / "trained" / "log.jsonl").read_bytes() == before
+def test_resuming_with_other_settings_names_them(uninterrupted, flags):
+    before = (uninterrupted / "trained" / "log.jsonl").read_bytes()
+    line = complaint(train, "--resume", "--out", uninterrupted / "trained", *flags.split())
+    assert flags.split()[0] in line and str(uninterrupted / "trained" / "last.pt") in line
+    assert (uninterrupted / "trained" / "log.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("script, name", [(train, "distilled"), (distill, "trained")])
-def test_resuming_the_other_script_s_run_is_refused(home, script, name):
-    before = (home / name / "log.jsonl").read_bytes()
-    assert str(home / name / "last.pt") in complaint(script, "--resume", "--out", home / name)
-    assert (home / name / "log.jsonl").read_bytes() == before
+def test_resuming_the_other_script_s_run_is_refused(uninterrupted, script, name):
+    before = (uninterrupted / name / "log.jsonl").read_bytes()
+    assert str(uninterrupted / name / "last.pt") in complaint(script, "--resume", "--out", uninterrupted / name)
+    assert (uninterrupted / name / "log.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["trained", "distilled"])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(home, tmp_path, monkeypatch, name):
-    script, flags = runs(home)[name]
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(uninterrupted, tmp_path, monkeypatch, name):
+    script, flags = runs(uninterrupted)[name]
     step, steps = training.Update.__call__, []
 
     def poisoned(update, iteration, loss, losses):
@@ -114,4 +108,4 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(home, tmp_pat
     assert "iteration 9:" in line and "low/box nan" in line and "low/cls " in line and "low/centerness " in line
     assert len(steps) == 10 and checkpoint.read(tmp_path / "out" / "last.pt")["training"]["done"] == 8
     succeed(script, "--resume", "--out", tmp_path / "out")
-    assert_same_run(tmp_path / "out", home / name)
+    assert_same_run(tmp_path / "out", uninterrupted / name)
