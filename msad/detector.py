@@ -16,6 +16,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 from . import align
 from .annotations import InputError
 from .data import fitted_size, pad_to_multiple, resize
+from .dense import SCORE_THRESHOLD
 from .fcos import FCOSHead
 from .fpn import FPN
 from .resnet import ResNet, fold_batchnorm
@@ -174,11 +175,15 @@ class Detector(nn.Module):
 
     def postprocess(self, outputs, branch, sizes, originals):
         """One branch's outputs -> one dict per image: per level the best candidates, then NMS, then the best of all."""
-        boxes, scores = self.head.decode(outputs)
         cells = [h * w * self.head.anchors for h, w in outputs["sizes"]]
         results = []
         for i, (size, original) in enumerate(zip(sizes, originals)):
-            found = [best_candidates(b, s) for b, s in zip(boxes[i].split(cells), scores[i].split(cells))]
+            # Most locations have nothing: the others alone are decoded.
+            likely = outputs["logits"][i].amax(-1).sigmoid() > SCORE_THRESHOLD
+            own = {name: x[i, likely] if torch.is_tensor(x) else x for name, x in outputs.items()}
+            boxes, scores = self.head.decode(own, likely)
+            counts = [int(level.sum()) for level in likely.split(cells)]
+            found = [best_candidates(b, s) for b, s in zip(boxes.split(counts), scores.split(counts))]
             b, s, l = (torch.cat(part) for part in zip(*found))
             # batched_nms keeps classes apart only where no coordinate is negative.
             lowest = torch.cat([b, b.new_zeros(1, 4)]).min()
@@ -211,9 +216,7 @@ class Detector(nn.Module):
 
 def best_candidates(boxes, scores):
     """A level's boxes (R,4) and scores (R,K), 0 where out of the question -> the best as boxes, scores, labels."""
-    somewhere = scores.amax(1).nonzero().squeeze(1)  # most locations have nothing, and are not looked at twice
-    row, label = scores[somewhere].nonzero(as_tuple=True)
-    location = somewhere[row]
+    location, label = scores.nonzero(as_tuple=True)
     score = scores[location, label]
     if len(score) > CANDIDATES_PER_LEVEL:
         score, best = score.topk(CANDIDATES_PER_LEVEL)

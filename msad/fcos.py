@@ -3,7 +3,7 @@
 forward   five maps -> logits, boxes, centerness, levels concatenated here and nowhere else
 assign    boxes -> one target per location, once per batch, whichever branch is trained
 losses    outputs and targets -> named scalars
-decode    outputs -> boxes and scores in H's pixels
+decode    outputs at some of the locations -> boxes and scores in H's pixels
 
 Constants are those of the authors' code (AdelaiDet's FCOS with centre sampling, GIoU and centerness on the box tower).
 Shapes: N images, R locations over all levels, K classes, M boxes, C channels.
@@ -109,9 +109,10 @@ class FCOSHead(nn.Module):
             "centerness": ctr.sum() / count,
         }
 
-    def decode(self, outputs):
-        """-> boxes (N,R,4) in H's pixels and scores (N,R,K), zero where the class is below the threshold."""
-        points, strides = self.locations(outputs["sizes"], outputs["boxes"].device)
+    def decode(self, outputs, where):
+        """Outputs (...,S,*) at the S locations that the mask `where` (R,) marks -> boxes (...,S,4) in H's pixels and
+        scores (...,S,K), zero where the class is below the threshold."""
+        points, strides = (x[where] for x in self.locations(outputs["sizes"], outputs["boxes"].device))
         boxes = box_ops.ltrb_to_xyxy(points, outputs["boxes"] * strides[:, None])
         probability = outputs["logits"].sigmoid()
         scores = (probability * outputs["centerness"].sigmoid()[..., None]).sqrt()

@@ -3,7 +3,7 @@
 forward   five maps -> logits, boxes, levels concatenated here and nowhere else
 assign    boxes -> one target per anchor, once per batch, whichever branch is trained
 losses    outputs and targets -> named scalars
-decode    outputs -> boxes and scores in H's pixels
+decode    outputs at some of the anchors -> boxes and scores in H's pixels
 
 Constants are the field's usual ones, with smooth-L1 at beta 0.1 as box loss. Layer by layer, the layout of anchors and
 channels is torchvision's, but its anchors are rounded to whole pixels, and these are not.
@@ -82,9 +82,10 @@ class RetinaNetHead(nn.Module):
         box = F.smooth_l1_loss(outputs["boxes"], targets["boxes"], beta=0.1, reduction="none").sum(-1) * positive
         return {"cls": focal_loss(outputs["logits"], labels) / count, "box": box.sum() / count}
 
-    def decode(self, outputs):
-        """-> boxes (N,R,4) in H's pixels and scores (N,R,K), zero where the class is below the threshold."""
-        boxes = deltas_to_boxes(self.anchor_boxes(outputs["sizes"]), outputs["boxes"])
+    def decode(self, outputs, where):
+        """Outputs (...,S,*) at the S anchors that the mask `where` (R,) marks -> boxes (...,S,4) in H's pixels and
+        scores (...,S,K), zero where the class is below the threshold."""
+        boxes = deltas_to_boxes(self.anchor_boxes(outputs["sizes"])[where], outputs["boxes"])
         return boxes, F.threshold_(outputs["logits"].sigmoid(), SCORE_THRESHOLD, 0.0)
 
     def anchor_boxes(self, sizes):

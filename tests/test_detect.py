@@ -27,12 +27,13 @@ class PlantedHead(nn.Module):
         levels = list(levels) + [(torch.zeros(0, 4), torch.zeros(0, 3))] * (5 - len(levels))
         self.cells = [(len(boxes), 1) for boxes, _ in levels]
         self.boxes, self.scores = (torch.cat(part) for part in zip(*levels))
+        self.logits = torch.where(self.scores > 0, 5.0, -9.0)
 
     def forward(self, pyramid):
         expand = lambda x: x.expand(len(pyramid[0]), *x.shape)
-        return {"boxes": expand(self.boxes), "scores": expand(self.scores), "sizes": self.cells}
+        return {"boxes": expand(self.boxes), "scores": expand(self.scores), "logits": expand(self.logits), "sizes": self.cells}
 
-    def decode(self, outputs):
+    def decode(self, outputs, where):
         return outputs["boxes"], outputs["scores"]
 
 
@@ -175,6 +176,13 @@ def test_an_image_has_at_most_a_hundred_detections_the_best():
     assert found["scores"].tolist() == pytest.approx([scores[i] for i in order])
     assert found["boxes"].tolist() == tiles(300, 0)[order].tolist()
     assert found["labels"].tolist() == [i % 3 for i in order]
+
+
+def test_what_is_likelier_than_the_threshold_is_decoded_and_nothing_else():
+    model = plant(tiny_model("high"), [[0, 0, 30, 30], [40, 0, 70, 30], [0, 40, 30, 70]], [0, 1, 2], [0.051, 0.049, 0.9])
+    model.head.logits = model.head.scores.logit()
+    (found,) = model.detect([torch.rand(3, 128, 128)])
+    assert found["scores"].tolist() == pytest.approx([0.9, 0.051]) and found["labels"].tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("resize", [True, False])

@@ -167,12 +167,12 @@ def test_decoding_by_hand():
     probability = [[0.9, 0.04], [0.06, 0.05 - 1e-6], [0.049, 0.5], [0.01, 0.01], [0.2, 0.3], [0.051, 0.7]]
     centerness = [0.25, 0.001, 0.999, 0.9, 0.5, 0.81]
     distances = [[1, 2, 3, 4], [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5], [1, 1, 1, 1], [2, 0, 0, 2], [0.5, 1, 1.5, 2]]
-    boxes, scores = new_head().decode({
-        "sizes": sizes,
+    outputs = {
         "logits": torch.tensor([[[logit(p) for p in row] for row in probability]]),
         "centerness": torch.tensor([[logit(c) for c in centerness]]),
         "boxes": torch.tensor([distances]),
-    })  # fmt: skip
+    }
+    boxes, scores = new_head().decode(outputs | {"sizes": sizes}, slice(None))
     # Locations (4,4) and (12,4) of stride 8, then (8,8), (16,16), (32,32), (64,64) of 16, 32, 64, 128.
     assert boxes[0].tolist() == [
         [4 - 8, 4 - 16, 4 + 24, 4 + 32], [12, 4, 20, 12], [0, 0, 16, 16],
@@ -182,3 +182,6 @@ def test_decoding_by_hand():
     expected = [[(p * c) ** 0.5 if p > 0.05 else 0 for p in row] for row, c in zip(probability, centerness)]
     torch.testing.assert_close(scores[0], torch.tensor(expected), rtol=1e-4, atol=1e-7)
     assert (scores[0] > 0).int().tolist() == [[1, 0], [1, 0], [0, 1], [0, 0], [1, 1], [1, 1]]
+    some = torch.tensor([False, True, False, False, True, True])
+    part = new_head().decode({name: x[0, some] for name, x in outputs.items()} | {"sizes": sizes}, some)
+    assert part[0].equal(boxes[0, some]) and part[1].equal(scores[0, some])

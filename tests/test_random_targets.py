@@ -75,7 +75,7 @@ def detections(model, outputs, draw):
     """How many things are found, each a box within its image."""
     originals = [(draw.choice((1, 48, 900)), draw.choice((1, 50, 1100))) for _ in range(IMAGES)]
     with torch.no_grad():
-        assert_finite(zip(("boxes", "scores"), model.head.decode(outputs)))
+        assert_finite(zip(("boxes", "scores"), model.head.decode(outputs, slice(None))))
         results = model.postprocess(outputs, "high", [(60, 120)] * IMAGES, originals)
     for (height, width), found in zip(originals, results, strict=True):
         boxes, scores = found["boxes"], found["scores"]

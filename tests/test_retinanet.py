@@ -213,9 +213,12 @@ def test_decoding_is_torchvisions_with_scores_above_the_threshold():
     anchors = head.anchor_boxes(SIZES)
     logits, deltas = 3 * torch.randn(2, len(anchors), CLASSES), 3 * torch.randn(2, len(anchors), 4)
     assert (deltas[..., 2:] > math.log(1000 / 16)).any()  # some reach the largest ratio
-    boxes, scores = head.decode({"logits": logits, "boxes": deltas, "sizes": SIZES})
+    boxes, scores = head.decode({"logits": logits, "boxes": deltas, "sizes": SIZES}, slice(None))
     torch.testing.assert_close(boxes, CODER.decode(deltas, [anchors, anchors]).view(2, -1, 4))
     assert torch.equal(scores, F.threshold(logits.sigmoid(), 0.05, 0.0)) and (scores == 0).any() and (scores > 0).any()
+    some = torch.rand(len(anchors)) < 0.1
+    part = head.decode({"logits": logits[1, some], "boxes": deltas[1, some], "sizes": SIZES}, some)
+    assert part[0].equal(boxes[1, some]) and part[1].equal(scores[1, some])
 
 
 def test_decoding_the_targets_gives_the_boxes_back():

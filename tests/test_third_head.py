@@ -43,8 +43,8 @@ class CenterHead(nn.Module):
         cls = nn.functional.binary_cross_entropy_with_logits(outputs["logits"], targets["hot"], reduction="none")
         return {"cls": cls.sum() / targets["hot"].sum(), "box": box.sum() / targets["hot"].sum()}
 
-    def decode(self, outputs):
-        corners, _ = align.grid(outputs["sizes"])
+    def decode(self, outputs, where):
+        corners = align.grid(outputs["sizes"])[0][where]
         scores = outputs["logits"].sigmoid()
         return box_ops.ltrb_to_xyxy(corners + 4, outputs["boxes"] * 8), torch.where(scores > 0.05, scores, 0.0)
 
