@@ -86,7 +86,7 @@ SMALL = Recipe(
     warmup=50,
     clip=5.0,
     workers=0,
-    eval_every=2000,
+    eval_every=500,
     save_every=250,
 )
 RECIPES = {"small": SMALL, "coco": COCO}
