@@ -8,6 +8,7 @@ at half that size and still gives boxes in high-resolution pixels.
 import random
 import signal
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -144,15 +145,11 @@ class CocoDataset(Dataset):
         return image, torch.from_numpy(boxes).float(), torch.from_numpy(labels).long(), index
 
 
-def collate(multiple):
+def collate(items, multiple):
     """Items of a data set -> a Batch, its images padded to a multiple of `multiple`."""
-
-    def join(items):
-        images, boxes, labels, indices = map(list, zip(*items))
-        sizes = [tuple(image.shape[1:]) for image in images]
-        return Batch(pad_to_multiple(images, multiple), sizes, boxes, labels, indices)
-
-    return join
+    images, boxes, labels, indices = map(list, zip(*items))
+    sizes = [tuple(image.shape[1:]) for image in images]
+    return Batch(pad_to_multiple(images, multiple), sizes, boxes, labels, indices)
 
 
 class TrainBatches:
@@ -212,7 +209,7 @@ def loader(dataset, batches, multiple, workers, device):
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate(multiple),
+        collate_fn=partial(collate, multiple=multiple),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,

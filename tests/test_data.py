@@ -130,10 +130,13 @@ def test_items_are_the_same_whoever_reads_them(tmp_path):
     order = [[(0, "0/0"), (3, "0/1")], [(2, "0/2"), (1, "0/3")], [(0, "0/4"), (4, "0/5")]]
     alone = list(loader(dataset, order, 64, 0, torch.device("cpu")))
     workers = list(loader(dataset, order, 64, 2, torch.device("cpu")))
+    fresh = loader(dataset, order, 64, 1, torch.device("cpu"))
+    fresh.multiprocessing_context = "spawn"  # what macOS and Windows do: everything is pickled
+    fresh = list(fresh)
     backwards = list(loader(dataset, order[::-1], 64, 0, torch.device("cpu")))[::-1]
-    for items, one, *others in zip(order, alone, workers, backwards):
+    for items, one, *others in zip(order, alone, workers, fresh, backwards):
         assert one.images.dtype == torch.uint8 and one.indices == [index for index, _ in items]
-        assert one.images.equal(collate(64)([dataset[item] for item in items]).images)
+        assert one.images.equal(collate([dataset[item] for item in items], 64).images)
         for other in others:
             assert one.images.equal(other.images) and one.sizes == other.sizes and one.indices == other.indices
             assert all(a.equal(b) for a, b in zip(one.boxes + one.labels, other.boxes + other.labels))
