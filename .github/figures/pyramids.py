@@ -18,11 +18,21 @@ from msad.models import build
 from msad.detector import ModelConfig
 
 HEIGHT, WIDTH = 832, 1344
-HIGH, LOW, FUSED, INK, GREY = (44, 95, 160), (206, 110, 40), (120, 70, 150), (40, 40, 40), (130, 130, 130)
+HIGH, LOW, FUSED, STUDENT, INK = (44, 95, 160), (206, 110, 40), (120, 70, 150), (40, 130, 90), (40, 40, 40)
 FINE = 3  # drawn larger, then reduced, which smooths lines and letters
-SIZE = (1180, 640)
-COLUMNS = (330, 520, 680, 810, 920)  # the middle of each level
-ROWS = {"high": 90, "fused": 235, "low": 380, "student": 540}
+SIZE = (950, 640)
+INPUT, CELL = 0.1, 0.58  # pixels of the figure for one of an input, and for one cell of a map
+MIDDLE = 84  # of the inputs
+COLUMNS = (268, 408, 516, 612, 700)  # the middle of each level
+ROWS = {"high": 100, "fused": 245, "low": 390, "student": 565}
+COLORS = {"high": HIGH, "fused": FUSED, "low": LOW, "student": STUDENT}
+NAMES = {"high": "teacher, ResNet-FPN", "low": "same weights", "student": "student, ResNet-FPN"}
+HEADS = {
+    "high": "head (training)",
+    "fused": "head: boxes of the\nteacher (the same\nhead for all three)",
+    "low": "head (training)",
+    "student": "head: boxes of the\nstudent, from L only",
+}
 
 
 def shapes():
@@ -42,7 +52,7 @@ class Pen:
         self.canvas = Image.new("RGB", [side * FINE for side in SIZE], (255, 255, 255))
         self.draw = ImageDraw.Draw(self.canvas)
 
-    def text(self, x, y, words, fill=INK, size=14, anchor="mm"):
+    def text(self, x, y, words, fill=INK, size=15, anchor="mm"):
         font = ImageFont.load_default(size * FINE)
         self.draw.multiline_text((x * FINE, y * FINE), words, fill, font, anchor=anchor, align="center")
 
@@ -77,46 +87,40 @@ class Pen:
 
 def main():
     pen, found = Pen(), shapes()
-    scale = 0.72  # pixels of the figure per cell of a map
-    colors = {"high": HIGH, "fused": FUSED, "low": LOW, "student": LOW}
-    inputs = {"high": (f"H  {HEIGHT} x {WIDTH}", 150), "low": (f"L  {HEIGHT // 2} x {WIDTH // 2}", 75)}
-    inputs["student"] = inputs["low"]
     for row, y in ROWS.items():
-        fill = colors[row]
-        if row in inputs:
-            name, width = inputs[row]
-            pen.box(100, y, width, width * HEIGHT / WIDTH, fill)
-            pen.text(100, y, name if width > 100 else name[0], fill, 15)
-            if width < 100:
-                pen.text(100, y + 36, name[1:].strip(), fill, 12)
-            pen.arrow((100 + width / 2 + 6, y), (COLUMNS[0] - 72, y), fill)
-            pen.text((165 + COLUMNS[0] - 60) / 2, y - 12, "ResNet-FPN", fill, 12)
+        fill = COLORS[row]
+        if row != "fused":
+            name, (height, width) = ("H", (HEIGHT, WIDTH)) if row == "high" else ("L", (HEIGHT // 2, WIDTH // 2))
+            half = width * INPUT / 2
+            pen.box(MIDDLE, y, width * INPUT, height * INPUT, fill)
+            pen.text(MIDDLE, y, name, fill, 18)
+            pen.text(MIDDLE, y + height * INPUT / 2 + 13, f"{height} x {width}", fill)
+            pen.text(MIDDLE, y - 62, NAMES[row], fill, 16)
+            pen.arrow((MIDDLE + half + 6, y), (COLUMNS[0] - 66, y), fill)
         for level, (x, (h, w)) in enumerate(zip(COLUMNS, found[row])):
-            pen.box(x, y, max(w * scale, 9), max(h * scale, 6), fill)
-            if row in inputs:
-                shift = align.SHIFTS["high" if row == "high" else "low"]
-                pen.text(x, y - h * scale / 2 - 11, f"P{align.levels(shift)[level]}", fill, 14)
+            pen.box(x, y, max(w * CELL, 9), max(h * CELL, 6), fill)
             if row != "fused":
-                pen.text(x, y + h * scale / 2 + 11, f"{h} x {w}", fill, 12)
+                shift = align.SHIFTS["high" if row == "high" else "low"]
+                pen.text(x, y - h * CELL / 2 - 13, f"P{align.levels(shift)[level]}", fill, 16)
+                pen.text(x, y + h * CELL / 2 + 13, f"{h} x {w}", fill)
     for x, heights in zip(COLUMNS, zip(*found.values())):
-        half = [max(h * scale, 6) / 2 for h, _ in heights]
-        pen.arrow((x, ROWS["high"] + half[0] + 22), (x, ROWS["fused"] - half[1] - 4), HIGH)
-        pen.arrow((x, ROWS["low"] - half[2] - 24), (x, ROWS["fused"] + half[1] + 4), LOW)
-        pen.text(x + 11, ROWS["fused"] - half[1] - 16, "a", HIGH, 13)
-        pen.text(x + 11, ROWS["fused"] + half[1] + 16, "b", LOW, 13)
-    gate = "fused = a H + b L\na gate reads both maps:\na + b = 1, one pair\nper image and level"
-    pen.text(120, ROWS["fused"], gate, FUSED, 13)
-    last = COLUMNS[-1] + 44
-    pen.arrow((last, ROWS["fused"]), (last + 50, ROWS["fused"]), FUSED)
-    pen.text(last + 58, ROWS["fused"], "head: boxes\nof the teacher", FUSED, 14, "lm")
-    pen.arrow((last, ROWS["student"]), (last + 50, ROWS["student"]), LOW)
-    pen.text(last + 58, ROWS["student"], "head: boxes\nof the student,\nwhich sees L only", LOW, 14, "lm")
+        half = [max(h * CELL, 6) / 2 for h, _ in heights]
+        pen.arrow((x, ROWS["high"] + half[0] + 24), (x, ROWS["fused"] - half[1] - 4), HIGH)
+        pen.arrow((x, ROWS["low"] - half[2] - 26), (x, ROWS["fused"] + half[1] + 4), LOW)
+        pen.text(x + 12, ROWS["fused"] - half[1] - 17, "a", HIGH)
+        pen.text(x + 12, ROWS["fused"] + half[1] + 17, "b", LOW)
+    pen.text(MIDDLE, ROWS["fused"], "fused = a H + b L\na gate reads both:\na + b = 1, one pair\nper image and level", FUSED)
+    for row, words in HEADS.items():
+        y, start = ROWS[row], COLUMNS[-1] + 42
+        pen.arrow((start, y), (start + 38, y), COLORS[row])
+        pen.text(start + 46, y, words, COLORS[row], anchor="lm")
     for x, (_, w) in zip(COLUMNS, found["fused"]):
-        edge = x + max(w * scale, 9) / 2 + 2
-        bend = max(edge + 12, x + 32)
+        edge = x + max(w * CELL, 9) / 2 + 2
+        bend = max(edge + 10, x + 34)
         above, below = ROWS["fused"], ROWS["student"]
         pen.path([(edge, above), (bend, above), (bend, below), (edge, below)], FUSED)
-    pen.text(last + 58, 400, "distillation:\nmean |student - fused|\non every level", FUSED, 13, "lm")
+    middle = (ROWS["low"] + ROWS["student"]) / 2
+    pen.text(COLUMNS[-1] + 42, middle, "- - - distillation, level by\nlevel: mean |student - fused|", FUSED, anchor="lm")
     pen.canvas.resize(SIZE, Image.Resampling.LANCZOS).save(ROOT / ".github" / "figures" / "pyramids.png", optimize=True)
 
 

@@ -67,6 +67,9 @@ def read(runs):
 
 
 def spread(values):
+    """"86.2 ± 0.6", or "-" where there is nothing to find."""
+    if min(values) < 0:
+        return "-"
     mean = statistics.mean(values)
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 
