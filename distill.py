@@ -14,7 +14,7 @@ from msad import processes, settings as S, training as T
 from msad.annotations import InputError
 from msad.data import CocoDataset
 from msad.distillation import LOSSES, ramp
-from msad.log import Progress, introduce
+from msad.log import Progress, introduce, report, show, stopped
 from msad.tensors import blamed
 
 
@@ -31,16 +31,8 @@ def student_settings(given):
     """Settings in which the student is like the teacher, as far as nothing else was asked for; and the teacher."""
     if "teacher" not in given:
         raise InputError("--teacher CKPT is needed: train one with train.py")
-    teacher = checkpoint.load(given["teacher"], want="teacher")
-    if teacher.config.kind != "teacher":
-        raise InputError(f"{given['teacher']}: holds a model of kind {teacher.config.kind}, not a teacher")
-    settings = S.settle(Settings, given, S.architecture(teacher.config) | {"weights": "teacher"})
-    if settings.kd and settings.fpn_channels != teacher.config.fpn_channels:
-        raise InputError(
-            f"--fpn-channels {settings.fpn_channels}: the teacher's pyramid has {teacher.config.fpn_channels}; only "
-            "equal ones can be distilled (--kd 0 trains without)"
-        )
-    return settings, teacher
+    teacher = checkpoint.load_teacher(given["teacher"])
+    return S.settle(Settings, given, S.architecture(teacher.config) | {"weights": "teacher"}), teacher
 
 
 def open_run():
@@ -49,19 +41,37 @@ def open_run():
     out = Path(given.get("out") or "runs/student")
     if go_on and (out / "last.pt").exists():
         saved, settings = S.resume(Settings, given, out / "last.pt")
-        with blamed(out / "last.pt"):
-            evaluation.table(saved["training"]["teacher"])
-        teacher = checkpoint.load(settings.teacher, want="teacher")
+        teacher = checkpoint.load_teacher(settings.teacher)
+        check_same(teacher, saved["training"], settings, out)
     else:
         saved, (settings, teacher) = None, student_settings(given)
+    if settings.kd and settings.fpn_channels != teacher.config.fpn_channels:
+        raise InputError(
+            f"--fpn-channels {settings.fpn_channels}: the teacher's pyramid has {teacher.config.fpn_channels}; only "
+            "equal ones can be distilled (--kd 0 trains without)"
+        )
     if Path(settings.teacher).resolve().parent == out.resolve():
         raise InputError(f"--out {out}: the teacher is in there; choose another folder for the student")
     device, settings = T.start(settings)
     return settings, device, T.open_folder(out, fresh=not go_on), saved, teacher
 
 
-def open_sets(settings, train, val):
+def check_same(teacher, training, settings, out):
+    """Raise InputError unless a run that goes on has the teacher it began with."""
+    with blamed(out / "last.pt"):
+        evaluation.table(training["teacher"])  # its numbers are shown again
+        same = training["teacher_checksum"] == distillation.checksum(teacher)
+    if not same:
+        raise InputError(
+            f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; put that one back (a later "
+            "train.py renamed it to last.1.pt), or start a new --out"
+        )
+
+
+def open_sets(settings, teacher):
     """For training what the teacher sees, for validation the same, and images read straight at low resolution."""
+    train, val = T.open_data(settings.data)
+    T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
     high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
     return training_set, high_set, CocoDataset(val, (settings.test_side,), settings.long_side, settings.downsample)
@@ -86,37 +96,21 @@ def new_student(settings, teacher):
     return student
 
 
-def report(teacher_results, student_results=None):
-    """The teacher's numbers, and the student's below them."""
-    if processes.is_main():
-        rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
-        if student_results:
-            rows["student @ low"] = student_results["low"]
-        print(evaluation.table(rows), flush=True)
-
-
-def say_what_is_next(settings, out, drawn):
-    if processes.is_main():
-        data = f" --data {settings.data}" if settings.data else ""
-        print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}\n{drawn}")
-        print(f"next: python evaluate.py --ckpt {out / 'last.pt'}{data}")
-
-
 def run():
     settings, device, out, saved, teacher = open_run()
-    train, val = T.open_data(settings.data)
-    T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
-    training_set, high_set, low_set = open_sets(settings, train, val)
+    training_set, high_set, low_set = open_sets(settings, teacher)
+    checksum = distillation.checksum(teacher)
     student, teacher = open_models(settings, saved, teacher, out, device)
     network = processes.parallel(student)
     start, log, update = T.begin(student, saved, settings, device, out)
     autocast = T.autocast_for(device, settings.precision)
-    introduce(settings, student, train, val, device, out)
+    introduce(settings, student, training_set.annotations, low_set.annotations, device, out)
 
     evaluate = lambda: T.evaluate(student, low_set, settings, autocast)
     teacher_results = saved["training"]["teacher"] if saved else T.evaluate(teacher, high_set, settings, autocast)
-    report(teacher_results)
-    batches = T.batches(training_set, teacher.multiple, settings, start, device)
+    rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
+    show(rows)
+    batches = T.batches(training_set, settings.pad, settings, start, device)
     progress = Progress(settings, start)
     interrupt = T.Interrupt(settings, device)
     student.train()
@@ -124,14 +118,14 @@ def run():
     for iteration in range(start, settings.iters):
         batch = next(batches).to(device)
         high = student.normalize(batch.images, batch.sizes)
-        with autocast():
+        with autocast:
             pyramids, outputs = network(align.downsample(high, settings.downsample))
         losses = student.losses(outputs, batch.boxes, batch.labels)
         if settings.kd:
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), autocast:
                 fused = teacher.pyramids(high, ["fused"])["fused"]
-            weight = settings.kd * ramp(iteration, settings.kd_ramp)
-            losses["kd"] = weight * LOSSES[settings.kd_loss](pyramids["low"], fused)
+            distance = LOSSES[settings.kd_loss](pyramids["low"], fused)
+            losses["kd"] = settings.kd * ramp(iteration, settings.kd_ramp) * distance
         loss = sum(losses.values())
         lr = update(iteration, loss, losses)
 
@@ -141,17 +135,16 @@ def run():
         if done % settings.eval_every == 0 and done < settings.iters:
             log.results(done, evaluate())
         if done % settings.save_every == 0 or done == settings.iters or stop:
-            T.save(out, student, update, done, log, teacher=teacher_results)
+            T.save(out, student, update, done, log, teacher=teacher_results, teacher_checksum=checksum)
         if stop and done < settings.iters:
-            return T.say_how_to_go_on("distill.py", out, done)
+            return stopped("distill.py", out, done)
     progress.close()
     interrupt.release()
 
     results = evaluate()
     log.results(settings.iters, results)
-    report(teacher_results, results)
-    columns = pictures.beside(teacher, student, ["low"])
-    say_what_is_next(settings, out, curve.draw_run(out, val, columns, autocast))
+    drawn = curve.draw_run(out, low_set.annotations, pictures.beside(teacher, student, ["low"]), autocast)
+    report(rows | {"student @ low": results["low"]}, out, settings, drawn, ["evaluate.py", "--ckpt"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ names, from 1; "file_name"; "category_id": as in the data the checkpoint was tra
 in the picture's pixels, upright; "score": 0 to 1}.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -54,8 +53,6 @@ def check(args):
             raise InputError(f"{name}: of no use with --images, where nothing is annotated")
     if args.teacher and not args.draw:
         raise InputError("--teacher: is drawn beside the checkpoint; add --draw")
-    if args.images and args.out and Path(args.out).resolve() == Path(args.images).resolve():
-        raise InputError(f"--out {args.out}: the pictures to look at are in there; choose another folder")
 
 
 def run():
@@ -73,6 +70,8 @@ def run():
     branches = [args.res] if args.res else list(model.branches[:1]) if args.images else sorted(model.branches)
     columns = columns_of(args.teacher, model, branches)
     out = Path(args.out or Path(args.ckpt).parent / "pictures")
+    if args.images and out.resolve() == Path(args.images).resolve():
+        raise InputError(f"--out {out}: the pictures to look at are in there; choose another folder")
     if args.images or args.draw:
         with pictures.writing("--out", out):
             out.mkdir(parents=True, exist_ok=True)
@@ -97,12 +96,10 @@ def run():
 
 
 def columns_of(teacher, model, branches):
-    """What is drawn: two branches of the teacher, if one is given, and `branches` of the model."""
+    """What is drawn: two branches of the teacher, if one is given, and `branches` of the model; those come last."""
     if not teacher:
         return pictures.readings(model.config.kind, model, branches)
-    drawn = checkpoint.load(teacher, model.mean.device, want="teacher")
-    if drawn.config.kind != "teacher":
-        raise InputError(f"--teacher {teacher}: holds a model of kind {drawn.config.kind}, not a teacher")
+    drawn = checkpoint.load_teacher(teacher, model.mean.device)
     T.check_classes("the teacher", drawn.config.classes, "the checkpoint", model.config.classes)
     return pictures.beside(drawn, model, branches)
 
@@ -129,10 +126,10 @@ def look_at(args, model, columns, out, autocast):
     results, count = [], 0
     for number, path, image in pictures.read_all(args.images):
         found = pictures.look(image, columns, autocast)
-        names, own = {"image_id": number, "file_name": path.name}, list(found.values())[-1]
+        entry, own = {"image_id": number, "file_name": path.name}, list(found.values())[-1]
         for box, label, score in zip(own["boxes"], own["labels"], own["scores"]):
             category = {"category_id": model.config.classes[label]["id"]}
-            results.append(names | category | {"bbox": evaluation.to_xywh(box), "score": float(score)})
+            results.append(entry | category | {"bbox": evaluation.to_xywh(box), "score": float(score)})
         if args.draw:
             strip = pictures.strip(image, found, model.config.classes, args.threshold)
             pictures.save(strip, out, number, path)

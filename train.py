@@ -8,9 +8,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from msad import checkpoint, curve, evaluation, models, official, pictures, processes, settings as S, training as T
+from msad import checkpoint, curve, models, official, pictures, processes, settings as S, training as T
+from msad.annotations import InputError
 from msad.data import CocoDataset
-from msad.log import Progress, introduce
+from msad.log import Progress, introduce, report, stopped
 
 # L_teacher = L_det(H) + L_det(L) + 0.4 L_det(fused); a single resolution counts fully.
 WEIGHT = {"high": 1.0, "low": 1.0, "fused": 0.4}
@@ -22,20 +23,21 @@ class Settings(S.Recipe):
     no_align: bool = S.option(False, "with --res multi: no shift and no fusion, the conventional baseline")
 
 
-def kind_of(res, no_align):
-    if res == "multi":
-        return "conventional" if no_align else "teacher"
-    return res
+def kind_of(settings):
+    if settings.res == "multi":
+        return "conventional" if settings.no_align else "teacher"
+    if settings.no_align:
+        raise InputError(f"--no-align: of no use with --res {settings.res}, where nothing is aligned")
+    return settings.res
 
 
 def open_run():
     """The settings of this run, its folder, and the checkpoint it goes on from, if any."""
     given, go_on = S.parse(Settings, __doc__)
-    out = Path(given.get("out") or f"runs/{kind_of(given.get('res', 'multi'), given.get('no_align', False))}")
+    saved, settings = None, S.settle(Settings, given)
+    out = Path(settings.out or f"runs/{kind_of(settings)}")
     if go_on and (out / "last.pt").exists():
         saved, settings = S.resume(Settings, given, out / "last.pt")
-    else:
-        saved, settings = None, S.settle(Settings, given)
     device, settings = T.start(settings)
     return settings, device, T.open_folder(out, fresh=not go_on), saved
 
@@ -47,21 +49,9 @@ def open_sets(settings, kind, train, val):
     return training_set, CocoDataset(val, (settings.test_side,), settings.long_side, low)
 
 
-def report(results, kind, settings, out, drawn):
-    """The last lines: what was reached, where it lies, what to do next."""
-    print(evaluation.table({f"{kind} @ {branch}": metrics for branch, metrics in results.items()}))
-    print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}\n{drawn}")
-    data = f" --data {settings.data}" if settings.data else ""
-    if kind == "teacher":
-        recipe = f" --recipe {settings.recipe}" if data else ""
-        print(f"next: python distill.py --teacher {out / 'last.pt'}{data}{recipe}")
-    else:
-        print(f"next: python evaluate.py --ckpt {out / 'last.pt'}{data}")
-
-
 def run():
     settings, device, out, saved = open_run()
-    kind = kind_of(settings.res, settings.no_align)
+    kind = kind_of(settings)
     train, val = T.open_data(settings.data)
     training_set, validation_set = open_sets(settings, kind, train, val)
     if saved:
@@ -83,8 +73,8 @@ def run():
 
     for iteration in range(start, settings.iters):
         batch = next(batches).to(device)
-        with autocast():
-            pyramids, outputs = network(model.normalize(batch.images, batch.sizes))
+        with autocast:
+            _, outputs = network(model.normalize(batch.images, batch.sizes))
         losses = model.losses(outputs, batch.boxes, batch.labels)
         loss = sum(WEIGHT[name.split("/")[0]] * value for name, value in losses.items())
         lr = update(iteration, loss, losses)
@@ -97,15 +87,15 @@ def run():
         if done % settings.save_every == 0 or done == settings.iters or stop:
             T.save(out, model, update, done, log)
         if stop and done < settings.iters:
-            return T.say_how_to_go_on("train.py", out, done)
+            return stopped("train.py", out, done)
     progress.close()
     interrupt.release()
 
     results = evaluate()
     log.results(settings.iters, results)
     drawn = curve.draw_run(out, val, pictures.readings(kind, model, sorted(model.branches)), autocast)
-    if processes.is_main():
-        report(results, kind, settings, out, drawn)
+    rows = {f"{kind} @ {branch}": metrics for branch, metrics in results.items()}
+    report(rows, out, settings, drawn, ["distill.py", "--teacher"] if kind == "teacher" else ["evaluate.py", "--ckpt"])
 
 
 if __name__ == "__main__":

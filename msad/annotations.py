@@ -5,7 +5,6 @@ counted, and the summary names every count. Packed arrays instead of a list of d
 nothing in them has a reference count that would copy shared memory.
 """
 
-import contextlib
 import gc
 import json
 import os
@@ -30,8 +29,7 @@ class Annotations:
     classes: tuple  # of {"id", "name"}; a label is an index into it
     image_ids: np.ndarray  # (I,) int64
     sizes: np.ndarray  # (I,2) int64: height, width
-    names: np.ndarray  # file names joined, as bytes (B,) uint8
-    name_ends: np.ndarray  # (I,) int64: where each name ends
+    names: np.ndarray  # (I,) bytes: file names
     starts: np.ndarray  # (I+1,) int64
     boxes: np.ndarray  # (M,4) float32: x1, y1, x2, y2 in the file's pixels, as annotated
     labels: np.ndarray  # (M,) int16
@@ -44,8 +42,7 @@ class Annotations:
 
     def path(self, index):
         """The file of an image."""
-        start = self.name_ends[index - 1] if index else 0
-        return self.folder / self.names[start : self.name_ends[index]].tobytes().decode()
+        return self.folder / self.names[index].decode()
 
     def of_image(self, index):
         """The rows of an image's boxes, as a slice."""
@@ -76,21 +73,14 @@ def find(data, split):
 def read(data, split):
     """Read a split of a COCO-layout folder. Raises InputError; see the module's header."""
     path, folder = find(data, split)
-    with _uncollected():
+    enabled = gc.isenabled()
+    gc.disable()  # it would walk through a million entries again and again, and none of them is garbage
+    try:
         content = _load_json(path)
         try:
             return _pack(content, path, folder)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InputError(f"{path}: {_first_fault(content) or f'not in COCO format ({error!r})'}") from None
-
-
-@contextlib.contextmanager
-def _uncollected():
-    """No garbage collection: it would walk through a million entries again and again, and none of them is garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
         if enabled:
             gc.enable()
@@ -114,8 +104,8 @@ def _pack(content, path, folder):
     classes = _classes(content["categories"], path)
     image_ids = _column(images, "id")
     sizes = np.stack([_column(images, "height"), _column(images, "width")], axis=1)
-    _check_images(images, image_ids, sizes, path, folder)
-    names = [image["file_name"].encode() for image in images]
+    names = [image["file_name"] for image in images]
+    _check_images(names, image_ids, sizes, path, folder)
 
     if any(len(a["bbox"]) != 4 for a in annotations):
         raise ValueError("a bbox does not have four numbers")
@@ -123,14 +113,16 @@ def _pack(content, path, folder):
     box = np.fromiter(numbers, np.float64, 4 * len(annotations)).reshape(-1, 4)
     category = _column(annotations, "category_id")
     image_id = _column(annotations, "image_id")
-    crowd = np.fromiter((bool(a.get("iscrowd", 0)) for a in annotations), bool, len(annotations))
+    crowd = np.fromiter((int(a.get("iscrowd") or 0) for a in annotations), bool, len(annotations))
     area = np.fromiter((a.get("area", -1) for a in annotations), np.float64, len(annotations))
 
     image, known_image = _positions(image_id, image_ids)
     label, known_class = _positions(category, np.array([c["id"] for c in classes], np.int64))
     faults = _box_faults(box, sizes, image, known_image, known_class)
-    skipped = Counter({reason: int(mask.sum()) for reason, mask in faults.items() if mask.any()})
-    good = ~np.logical_or.reduce(list(faults.values())) if len(box) else np.zeros(0, bool)
+    masks = np.stack([*faults.values(), np.ones(len(box), bool)])
+    first = masks.argmax(0)  # an entry counts under its first fault only; the last row has none
+    skipped = Counter({reason: n for n, reason in zip(np.bincount(first).tolist(), faults) if n})
+    good = first == len(faults)
 
     order = np.flatnonzero(good)[np.argsort(image[good], kind="stable")]
     box, area = box[order], area[order]
@@ -140,8 +132,7 @@ def _pack(content, path, folder):
         classes=classes,
         image_ids=image_ids,
         sizes=sizes,
-        names=np.frombuffer(b"".join(names), np.uint8),
-        name_ends=np.cumsum([len(n) for n in names], dtype=np.int64),
+        names=np.array([name.encode() for name in names]),
         starts=np.searchsorted(image[order], np.arange(len(images) + 1)),
         boxes=xyxy.astype(np.float32),
         labels=label[order].astype(np.int16),
@@ -152,29 +143,22 @@ def _pack(content, path, folder):
 
 
 def _box_faults(box, sizes, image, known_image, known_class):
-    """Reason -> mask (M,) of the annotations it keeps out; each is counted under its first reason only."""
+    """Reason -> mask (M,) of the annotations it keeps out."""
     x, y, w, h = box.T
-    height, width = sizes[np.where(known_image, image, 0)].T if len(sizes) else (np.zeros(len(box)),) * 2
+    height, width = sizes[np.where(known_image, image, 0)].T
     with np.errstate(invalid="ignore", over="ignore"):
-        reasons = {
+        return {
             "of unknown images": ~known_image,
             "of unknown categories": ~known_class,
             "boxes not finite": ~(np.abs(box) < 1e9).all(1),
             "boxes without area": (w <= 0) | (h <= 0),
             "boxes outside their image": (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0),
         }
-    earlier = np.zeros(len(box), bool)
-    for reason, mask in reasons.items():
-        reasons[reason] = mask & ~earlier
-        earlier |= mask
-    return reasons
 
 
 def _positions(values, table):
     """For each value its index in `table`, and whether it is there."""
     order = np.argsort(table, kind="stable")
-    if len(table) == 0:
-        return np.zeros(len(values), np.int64), np.zeros(len(values), bool)
     at = np.searchsorted(table, values, sorter=order).clip(max=len(table) - 1)
     return order[at], table[order[at]] == values
 
@@ -188,25 +172,28 @@ def _column(entries, key):
 
 
 def _classes(categories, path):
-    classes = tuple({"id": int(c["id"]), "name": str(c["name"])} for c in sorted(categories, key=lambda c: c["id"]))
-    if not classes:
+    if not categories:
         raise InputError(f"{path}: has no categories")
+    ids = _column(categories, "id")
+    classes = tuple({"id": int(ids[i]), "name": str(categories[i]["name"])} for i in np.argsort(ids, kind="stable"))
     if len({c["id"] for c in classes}) < len(classes):
         raise InputError(f"{path}: two categories have the same id; give each its own")
     return classes
 
 
-def _check_images(images, image_ids, sizes, path, folder):
+def _check_images(names, image_ids, sizes, path, folder):
     """Stop for images whose entry or file is not there to be used."""
-    if not images:
+    if not names:
         raise InputError(f"{path}: has no images")
     values, counts = np.unique(image_ids, return_counts=True)
     if (counts > 1).any():
         raise InputError(f"{path}: image id {values[counts > 1][0]} stands for two images; give each its own")
     if (sizes <= 0).any():
         raise InputError(f"{path}: image id {image_ids[(sizes <= 0).any(1)][0]} has no height or width")
-    names = [image["file_name"] for image in images]
-    present = {entry.name for entry in os.scandir(folder)}
+    try:
+        present = set(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
     missing = [name for name in names if name not in present and not _is_inside(folder, name, path)]
     if missing:
         shown = repr(str(folder / missing[0]))[1:-1]
@@ -238,7 +225,8 @@ def _first_fault(content):
             return f"not in COCO format (no list {key!r})"
         for number, entry in enumerate(content[key]):
             for field, kind in wanted.items():
-                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                value = entry.get(field) if isinstance(entry, dict) else None
+                if not (isinstance(value, kind) or kind is int and isinstance(value, float) and value.is_integer()):
                     return f"{key}[{number}] needs a field {field!r} of type {kind.__name__}"
             if key == "annotations" and len(entry["bbox"]) != 4:
                 return f"annotations[{number}] needs a bbox of four numbers"

@@ -17,11 +17,6 @@ def xyxy_to_ltrb(points, boxes):
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
-def area(boxes):
-    """Boxes (..., 4) -> areas (...), in square pixels."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
 def giou_loss_ltrb(predicted, target):
     """1 - GIoU of boxes given as distances (..., 4) from the same point -> (...).
 

@@ -43,20 +43,15 @@ def read(path, want=None):
     content = read_tensors(path)
     if not isinstance(content, dict) or content.get("msad") != FORMAT:
         return official.translate(content, path, want)
-    try:
+    with blamed(path):
         return content | {"config": ModelConfig(**content["config"])}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: a damaged checkpoint ({error})") from None
 
 
 def restore(content, path):
     """The model of a checkpoint's content, in eval mode. Raises InputError where the tensors do not fit it."""
-    try:
+    with blamed(path, "its tensors do not fit its description"):
         model = build(content["config"])
         model.load_state_dict(content["model"])
-    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: its tensors do not fit its description: {reason[:300]}") from None
     return model.eval()
 
 
@@ -85,3 +80,11 @@ def load(path, device="cpu", want=None):
     if "summary" in content and processes.is_main():
         print(f"weights   {content['summary']}", flush=True)
     return restore(content, path).to(device)
+
+
+def load_teacher(path, device="cpu"):
+    """As `load`, of a file that has to hold a teacher."""
+    model = load(path, device, want="teacher")
+    if model.config.kind != "teacher":
+        raise InputError(f"{path}: holds a model of kind {model.config.kind}, not a teacher")
+    return model

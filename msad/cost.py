@@ -1,14 +1,13 @@
 """What a detector costs: parameters, multiply-accumulates by part (PyTorch's own flop counter), and time per image.
 
-The whole network counts. A student at half the resolution has a backbone and pyramid of a quarter of the cost, but as
-many locations as its teacher, so its head costs the same: a table of backbones alone would hide most of what is left.
+The whole network counts. A student at half the resolution has a backbone of a quarter of the cost, but as many
+locations as its teacher, so its head costs the same: a table of backbones alone would hide most of what is left.
 """
 
 import contextlib
 import copy
 import statistics
 import time
-from collections import Counter
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,17 +23,13 @@ def gmacs(model, branch, height, width):
     In 10^9 multiply-accumulates of convolutions and matrix products. Sides are padded as the model would pad them. The
     total has a teacher's gate in it, too.
     """
-    scale = 2 if model.sees_low_only else 1
-    height, width = model.padded_size((-(-height // scale), -(-width // scale)))
+    height, width = model.padded_size((-(-height // model.scale), -(-width // model.scale)))
     model = copy.deepcopy(model).to("meta").eval()  # shapes are enough to count
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.predict(model.pyramids(torch.empty(1, 3, height, width, device="meta"), [branch]))
     counts = counter.get_flop_counts()
-    found = {}
-    for part in PARTS:
-        name = type(getattr(model, part)).__name__
-        found[part] = sum(counts[name].values()) / 2e9
-    return found | {"total": sum(counts["Global"].values()) / 2e9}
+    names = {part: type(getattr(model, part)).__name__ for part in PARTS} | {"total": "Global"}
+    return {part: sum(counts[name].values()) / 2e9 for part, name in names.items()}
 
 
 def count(model, branch, height, width):
@@ -51,27 +46,24 @@ def text(branch, counted):
     return f"{total} at {height}x{width} in H's pixels"
 
 
-def describe(model, branch, height, width):
-    """The line of `text` for a model."""
-    return text(branch, count(model, branch, height, width))
-
-
 @torch.inference_mode()
-def measure(model, dataset, branch, autocast=contextlib.nullcontext, images=7):
+def measure(model, dataset, branch, autocast=contextlib.nullcontext(), images=7):
     """What reading `branch` costs on a data set -> as `count` at the padded size that most images share, and "ms".
 
     "ms" has the medians over a few single images of that size for "network" (8-bit pixels to the head's outputs) and
     "postprocessing" (these to boxes). Reading files is in neither.
     """
     network = model.folded()
-    size, indices = common_size(model, dataset)
-    size = [side * (2 if model.sees_low_only else 1) for side in size]
+    sizes = [model.padded_size(dataset.network_size(index)) for index in range(len(dataset))]
+    size = statistics.mode(sizes)
+    indices = [index for index, other in enumerate(sizes) if other == size]
+    size = [side * model.scale for side in size]
     device, seconds = model.mean.device, []
     for index in indices[:1] * 2 + indices[:images]:  # the first one twice more, to warm up
         image = dataset[index, 0][0]
         pixels, shape = pad_to_multiple([image], model.multiple).to(device), [tuple(image.shape[1:])]
         original = [tuple(map(int, dataset.annotations.sizes[index]))]
-        with autocast():
+        with autocast:
             began = _now(device)
             outputs = network.predict(network.pyramids(network.normalize(pixels, shape), [branch]))[branch]
             between = _now(device)
@@ -86,10 +78,3 @@ def _now(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def common_size(model, dataset):
-    """The padded input size (height, width) that most images of a data set share, and the indices of these images."""
-    sizes = [model.padded_size(dataset.network_size(index)) for index in range(len(dataset))]
-    ((size, _),) = Counter(sizes).most_common(1)
-    return size, [index for index, other in enumerate(sizes) if other == size]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from pathlib import Path
+from collections import Counter
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -29,17 +29,16 @@ def draw_run(out, annotations, columns, autocast):
 
 def curve(log, size=(1000, 380)):
     """A run's log.jsonl -> a picture: its losses, and AP where it was evaluated, over the iterations."""
-    entries = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
     losses, scores = {}, {}
     for entry in entries:
         if "branch" in entry:
             scores.setdefault(entry["branch"], []).append((entry["done"], 100 * max(0, entry["AP"])))
             continue
-        parts = {}
+        parts = Counter()
         for name, value in entry.items():
             if name not in ("iteration", "lr"):
-                name = name.split("/")[0]
-                parts[name] = parts.get(name, 0) + value
+                parts[name.split("/")[0]] += value
         for name, value in parts.items():
             losses.setdefault(name, []).append((entry["iteration"], value))
     right = max([1] + [x for line in (losses | scores).values() for x, _ in line])
@@ -84,5 +83,5 @@ def chart(lines, hues, title, right, size):
 def ticks(top):
     """0 and up to ten round numbers more, the last at most `top`."""
     step = 10 ** math.floor(math.log10(top))
-    step = next(s for s in (step / 10, step / 5, step / 2, step, 2 * step) if top / s <= 8)
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if top / s <= 8)
     return [round(i * step, 10) for i in range(math.floor(top / step) + 1)]

@@ -7,8 +7,8 @@ at half that size and still gives boxes in high-resolution pixels.
 
 import random
 import signal
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from .annotations import InputError
 
 
-@dataclass
-class Batch:
-    """N images of one step. Boxes are in high-resolution pixels."""
+class Batch(NamedTuple):
+    """N images of one step. Boxes are in high-resolution pixels. A tuple, because DataLoader knows how to pin those."""
 
     images: torch.Tensor  # (N,3,H,W) uint8, padded with zeros to a common size
     sizes: list  # [(h,w)] of the images within the batch
@@ -32,12 +31,8 @@ class Batch:
     def to(self, device):
         """The batch on a device; copies from pinned memory do not wait."""
         move = lambda tensor: tensor.to(device, non_blocking=True)
-        return Batch(move(self.images), self.sizes, [*map(move, self.boxes)], [*map(move, self.labels)], self.indices)
-
-    def pin_memory(self):
-        """Called by the DataLoader."""
-        pinned = lambda tensors: [tensor.pin_memory() for tensor in tensors]
-        return Batch(self.images.pin_memory(), self.sizes, pinned(self.boxes), pinned(self.labels), self.indices)
+        moved = {"images": move(self.images), "boxes": [*map(move, self.boxes)], "labels": [*map(move, self.labels)]}
+        return self._replace(**moved)
 
 
 def fitted_size(height, width, short_side, long_side):
@@ -160,9 +155,8 @@ class TrainBatches:
     """
 
     def __init__(self, annotations, batch, seed, start=0, rank=0, processes=1):
-        boxes = np.add.reduceat(np.append(~annotations.crowd, False), annotations.starts[:-1])
-        boxes = np.where(np.diff(annotations.starts) > 0, boxes, 0)
-        self.trainable = np.flatnonzero(boxes > 0)
+        before = np.append(0, np.cumsum(~annotations.crowd))  # boxes to train on before each row
+        self.trainable = np.flatnonzero(np.diff(before[annotations.starts]))
         self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
         self.batch, self.seed, self.start = batch, seed, start
         self.mine = slice(rank * batch // processes, (rank + 1) * batch // processes)
@@ -186,22 +180,14 @@ class TrainBatches:
             epoch += 1
 
 
-class EvalBatches:
+def eval_batches(dataset, batch, multiple, rank=0, processes=1):
     """Batches of (index, seed) that cover a data set once; images share a batch only if they are padded alike."""
-
-    def __init__(self, dataset, batch, multiple, rank=0, processes=1):
-        groups = {}
-        for index in range(len(dataset)):
-            padded = tuple(-(-side // multiple) for side in dataset.network_size(index))
-            groups.setdefault(padded, []).append((index, 0))
-        batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
-        self.batches = batches[rank::processes]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
+    groups = {}
+    for index in range(len(dataset)):
+        padded = tuple(-(-side // multiple) for side in dataset.network_size(index))
+        groups.setdefault(padded, []).append((index, 0))
+    batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
+    return batches[rank::processes]
 
 
 def loader(dataset, batches, multiple, workers, device):

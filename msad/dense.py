@@ -33,18 +33,13 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def prior_logit(probability=0.01):
-    """The bias at which every class starts with this probability (RetinaNet's paper)."""
-    return -math.log((1 - probability) / probability)
-
-
 def initialize_outputs(logits, *others):
-    """Where the last convolutions start: weights small, biases at 0, and every class at the prior."""
+    """Where the last convolutions start: weights small, biases at 0, every class at a probability of 0.01."""
     for conv in (logits, *others):
         nn.init.normal_(conv.weight, std=0.01)
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
-    nn.init.constant_(logits.bias, prior_logit())
+    nn.init.constant_(logits.bias, -math.log(0.99 / 0.01))  # the prior of RetinaNet's paper
 
 
 def flatten_cells(x, channels):

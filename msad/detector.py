@@ -9,7 +9,6 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
@@ -51,34 +50,25 @@ class ModelConfig:
 class Detector(nn.Module):
     """The single-resolution detector: kind "high" reads H at P3..P7, kind "low" reads L at P2..P6."""
 
-    def __init__(self, config):
+    def __init__(self, config, branches=None, levels=None):
+        """`branches` and `levels`, all levels of the pyramid that are ever read, are for models of several branches."""
         super().__init__()
         self.config = config
-        self.branches = self.branches_of(config.kind)
+        self.branches = branches or (config.kind,)
+        self.scale = 2 if self.branches == ("low",) else 1  # H's pixels per pixel of this model's input
         self.backbone = ResNet(config.backbone, config.width)
-        self.fpn = FPN(self.backbone.channels, config.fpn_channels, self.levels())
+        levels = levels or align.levels(align.SHIFTS[config.kind])
+        self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels)
         self.head = HEADS[config.head](
             config.fpn_channels, len(config.classes), config.head_channels, config.head_convs, config.object_scale
         )
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
-    @staticmethod
-    def branches_of(kind):
-        return (kind,)
-
-    def levels(self):
-        """All pyramid levels this model ever reads."""
-        return align.levels(align.SHIFTS[self.config.kind])
-
-    @property
-    def sees_low_only(self):
-        return self.branches == ("low",)
-
     @property
     def low_input(self):
         """How images are made small for a model that sees low resolution only, or "" for one that does not."""
-        return self.config.downsample if self.sees_low_only else ""
+        return self.config.downsample if self.scale == 2 else ""
 
     def pyramid(self, images, shift):
         """Normalised images (N,3,h,w) -> five maps, at P3..P7 (shift 0) or P2..P6 (shift 1)."""
@@ -198,12 +188,12 @@ class Detector(nn.Module):
 
     def frame_scale(self, branch):
         """Pixels of the frame a branch's boxes are in (H's) per pixel of the network's input."""
-        return 2 if self.sees_low_only else 1
+        return self.scale
 
     @property
     def multiple(self):
         """The multiple to which the sides of this model's input are padded."""
-        return self.config.pad // 2 if self.sees_low_only else self.config.pad
+        return self.config.pad // self.scale
 
     def padded_size(self, size):
         return tuple(-(-side // self.multiple) * self.multiple for side in size)

@@ -7,6 +7,8 @@ Difference from the authors' code: there the frozen teacher's BatchNorm still ru
 eval mode, as at test time.
 """
 
+import zlib
+
 import torch
 
 from . import align
@@ -15,6 +17,11 @@ from . import align
 def freeze(teacher):
     """A teacher as a constant: no gradients, eval mode, BatchNorm folded into the convolutions."""
     return teacher.folded().requires_grad_(False)
+
+
+def checksum(teacher):
+    """A number that tells a teacher from every other, so that a run which goes on can see that it has its own."""
+    return zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in teacher.state_dict().values()))
 
 
 def pyramid_l1(student, fused):

@@ -3,33 +3,34 @@
 import contextlib
 import io
 
+import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from . import processes
-from .data import EvalBatches, loader
+from .data import eval_batches, loader
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nullcontext):
+def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nullcontext()):
     """Run a model over a data set -> {branch: (metrics, detections)}; each process takes a part, all get the whole.
 
     `metrics` is as in `coco_metrics`, `detections` a list of (index, dict of arrays) as in `detect`.
     """
     model = model.folded()
     device = model.mean.device
-    batches = EvalBatches(dataset, batch, model.multiple, processes.rank(), processes.count())
+    batches = eval_batches(dataset, batch, model.multiple, processes.rank(), processes.count())
     found = {branch: [] for branch in branches}
-    silent = True if not processes.is_main() else None  # None: a bar only on a terminal
+    silent = None if processes.is_main() else True  # None: a bar only on a terminal
     reader = loader(dataset, batches, model.multiple, workers, device)
     for data in tqdm(reader, "evaluating", leave=False, disable=silent):
         originals = [tuple(map(int, dataset.annotations.sizes[i])) for i in data.indices]
-        with autocast():
+        with autocast:
             detections = model.detect_batch(data.images.to(device, non_blocking=True), data.sizes, originals, branches)
         for branch in branches:
-            arrays = [{k: v.float().cpu().numpy() for k, v in d.items()} for d in detections[branch]]
+            arrays = [{k: v.cpu().numpy() for k, v in d.items()} for d in detections[branch]]
             found[branch] += zip(data.indices, arrays)
     found = {branch: sorted(processes.gather(pairs), key=lambda pair: pair[0]) for branch, pairs in found.items()}
     return {branch: (coco_metrics(dataset.annotations, pairs), pairs) for branch, pairs in found.items()}
@@ -40,17 +41,16 @@ def coco_metrics(annotations, detections):
 
     Values are pycocotools' own: from 0 to 1, and -1 where there is nothing to find.
     """
-    columns = annotations.labels, annotations.boxes, annotations.areas, annotations.crowd
+    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+    columns = images, annotations.labels, annotations.boxes, annotations.areas, annotations.crowd
     truth = [
-        {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "area": float(area), "iscrowd": int(crowd)}
-        for i in range(len(annotations))
-        for rows in [annotations.of_image(i)]
-        for label, box, area, crowd in zip(*(column[rows] for column in columns))
+        {"image_id": i, "category_id": label, "bbox": to_xywh(box), "area": area, "iscrowd": crowd}
+        for i, label, box, area, crowd in zip(*(column.tolist() for column in columns))
     ]
     results = [
-        {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "score": float(score), "iscrowd": 0}
+        {"image_id": i, "category_id": label, "bbox": to_xywh(box), "score": score}
         for i, d in detections
-        for label, box, score in zip(d["labels"], d["boxes"], d["scores"])
+        for label, box, score in zip(*(d[name].tolist() for name in ("labels", "boxes", "scores")))
     ]
     for entry in results:
         entry["area"] = entry["bbox"][2] * entry["bbox"][3]

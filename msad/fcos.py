@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import box_area
 
 from . import align, boxes as box_ops
 from .dense import SCORE_THRESHOLD, flatten_cells, focal_loss, initialize_outputs, positives, tower
@@ -92,7 +93,7 @@ class FCOSHead(nn.Module):
         level = (strides / align.STRIDES[0]).log2().long()[:, None]
         farthest = distances.amax(-1)
         candidate &= (farthest >= self.ranges[level]) & (farthest <= self.ranges[level + 1])
-        return torch.where(candidate, box_ops.area(boxes), math.inf)
+        return torch.where(candidate, box_area(boxes), math.inf)
 
     def losses(self, outputs, targets):
         """-> {"cls", "box", "centerness"}: scalars; the normalisers are means over processes."""

@@ -1,14 +1,15 @@
-"""What a run tells: its first lines, a bar while it goes, and a log that another run of the same seed repeats."""
+"""What a run tells: first lines, last lines, a bar in between, and a log that another run of the same seed repeats."""
 
 import contextlib
 import json
 import os
+import shlex
 import time
 
 import torch
 from tqdm import tqdm
 
-from . import cost, processes
+from . import cost, evaluation, processes
 from .annotations import InputError
 
 
@@ -21,7 +22,8 @@ def introduce(settings, model, train, val, device, out):
     print(f"val       {val.summary()}")
     head = f"{c.head} {c.head_convs}x{c.head_channels}"
     print(f"model     {c.kind}: {c.backbone} x{c.width:g}, FPN {c.fpn_channels}, {head}")
-    print(f"cost      {cost.describe(model, model.branches[0], c.short_side, c.short_side)}")
+    size = [-(-c.short_side // c.pad) * c.pad] * 2
+    print(f"cost      {cost.text(model.branches[0], cost.count(model, model.branches[0], *size))}")
     print(
         f"schedule  {settings.iters} iterations of {settings.batch} images, {settings.optimizer}, lr {settings.lr:g}, "
         f"{settings.schedule} after {settings.warmup} of warm-up, seed {settings.seed}"
@@ -29,6 +31,31 @@ def introduce(settings, model, train, val, device, out):
     threads = f"{processes.count()} process(es) of {torch.get_num_threads()} threads"
     print(f"device    {device}, {settings.precision}, {threads}")
     print(f"folder    {out}", flush=True)
+
+
+def stopped(script, out, done):
+    """Say how to go on -> the exit code."""
+    if processes.is_main():
+        command = shlex.join(["python", script, "--resume", "--out", str(out)])
+        print(f"\nstopped after {done} iterations; go on with: {command}")
+    return 130
+
+
+def show(results):
+    """Print the table of {row: metrics}."""
+    if processes.is_main():
+        print(evaluation.table(results), flush=True)
+
+
+def report(results, out, settings, drawn, next_command):
+    """The last lines: what was reached, {row: metrics}, where it lies, and what to do with the checkpoint next."""
+    show(results)
+    if processes.is_main():
+        data = ["--data", settings.data] if settings.data else []
+        if data and next_command[0] == "distill.py":
+            data += ["--recipe", settings.recipe]
+        print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}\n{drawn}")
+        print(f"next: {shlex.join(['python', *next_command, str(out / 'last.pt'), *data])}")
 
 
 class Log:

@@ -32,13 +32,14 @@ def readings(name, model, branches):
 
 
 def beside(teacher, student, branches):
-    """The columns that set a student against what its teacher makes of both resolutions and of the low one."""
-    return readings("teacher", teacher, ["fused", "low"]) | readings("student", student, branches)
+    """The columns that set a student, or another model, against what a teacher makes of both resolutions and of L."""
+    name = "student" if student.config.kind == "low" else student.config.kind
+    return readings("teacher", teacher, ["fused", "low"]) | readings(name, student, branches)
 
 
 def look(image, columns, autocast):
     """What `columns`, {label: (model, branch)}, find in one image (3,h,w) uint8 -> {label: detections}."""
-    with autocast():
+    with autocast:
         pixels = image.float() / 255
         return {label: model.detect([pixels], branch)[0] for label, (model, branch) in columns.items()}
 
@@ -52,7 +53,8 @@ def truth(annotations, index):
 
 def spread(annotations, count):
     """Indices of at most `count` images, evenly spread over those of a set that have boxes, if any has."""
-    full = np.flatnonzero(np.diff(annotations.starts) if len(annotations.boxes) else annotations.sizes[:, 0])
+    has = np.diff(annotations.starts) > 0
+    full = np.flatnonzero(has | ~has.any())
     return full[np.linspace(0, len(full) - 1, min(count, len(full))).astype(int)].tolist()
 
 

@@ -10,6 +10,8 @@ from .annotations import InputError
 
 def start(device):
     """Join torchrun's group if there is one (nccl on CUDA, gloo elsewhere)."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where collectives without a tensor of their own take place
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -20,11 +22,12 @@ def stop():
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number, known before it has joined the others."""
+    return int(os.environ.get("RANK", 0))
 
 
 def count():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main():
@@ -46,7 +49,7 @@ def parallel(model):
 
 
 def mean_over_processes(value):
-    """A scalar tensor's mean over all processes, without a gradient."""
+    """A scalar tensor's mean over all processes; of several, without a gradient."""
     if not dist.is_initialized():
         return value
     value = value.detach().clone()
@@ -64,7 +67,7 @@ def gather(items):
 
 
 def device_of(name):
-    """The device for `name` ("cuda", "cpu", or None: CUDA where there is one); with torchrun, this process's own."""
+    """The device for `name` ("cuda", "cpu", or "": CUDA where there is one); with torchrun, this process's own."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

@@ -103,7 +103,7 @@ def fold_batchnorm(module):
     """In place: every BatchNorm becomes part of the convolution registered right before it. For inference only."""
     name = before = None
     for next_name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d):
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm too
             setattr(module, name, fuse_conv_bn_eval(before, child))
             setattr(module, next_name, nn.Identity())
         fold_batchnorm(child)

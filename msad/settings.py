@@ -7,6 +7,7 @@ recipe's. A resumed run takes all of them from its checkpoint and refuses to be 
 import argparse
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 
 from . import checkpoint, processes
 from .annotations import InputError
@@ -14,7 +15,9 @@ from .detector import HEADS, ModelConfig
 from .resnet import LAYERS, WIDTHS
 from .tensors import blamed
 
-MAY_CHANGE = ("data", "device", "out", "workers", "save_every")  # on --resume, without changing the result
+MAY_CHANGE = ("data", "device", "out", "workers", "save_every")  # on --resume: where a run is, not what it is
+AT_LEAST = dict.fromkeys(("seed", "workers", "warmup", "lr", "weight_decay", "clip", "kd", "kd_ramp"), 0)
+AT_LEAST["object_scale"] = 0.01  # all other numbers: 1
 
 
 def option(default, text, choices=None):
@@ -92,11 +95,8 @@ SMALL = Recipe(
 RECIPES = {"small": SMALL, "coco": COCO}
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Help with one line per flag."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=48, width=140)
+# One line per flag.
+Help = partial(argparse.RawDescriptionHelpFormatter, max_help_position=48, width=140)
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,7 +131,8 @@ def parse(kind, description):
     given = vars(parser.parse_args())
     if "short_sides" in given:
         given["short_sides"] = tuple(given["short_sides"])
-    return given, given.pop("resume")
+    go_on = given.pop("resume")
+    return given, go_on
 
 
 def add_flag(group, f):
@@ -198,13 +199,11 @@ def check_kind(f, value):
 
 def check_settings(settings):
     """Raise InputError for values that no run can be made of."""
-    at_least = dict.fromkeys(("iters", "batch", "fpn_channels", "head_channels", "head_convs", "pad"), 1)
-    at_least |= dict.fromkeys(("short_sides", "test_side", "long_side", "eval_every", "save_every", "log_every"), 1)
-    at_least |= dict.fromkeys(("seed", "workers", "warmup", "lr", "weight_decay", "clip", "object_scale"), 0)
-    for name, least in at_least.items():
-        value = getattr(settings, name)
-        if not all(least <= v < math.inf for v in (value if isinstance(value, tuple) else (value,))):
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}, and finite")
+    for f in fields(settings):
+        value, least = getattr(settings, f.name), AT_LEAST.get(f.name, 1)
+        numbers = value if f.type is tuple else (value,) if f.type in (int, float) and not f.metadata["choices"] else ()
+        if not all(least <= v < math.inf for v in numbers):
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}, and finite")
     multiple = HEADS[settings.head].channel_multiple
     if settings.head_channels % multiple:
         raise InputError(f"--head-channels must be a multiple of {multiple} for {settings.head}")
@@ -214,17 +213,15 @@ def check_settings(settings):
         raise InputError(f"--batch {settings.batch} is smaller than the number of processes, {processes.count()}")
 
 
-ARCHITECTURE = ("backbone", "width", "fpn_channels", "head", "head_channels", "head_convs", "object_scale")
-ARCHITECTURE += ("pad", "downsample")
+ARCHITECTURE = [f.name for f in fields(ModelConfig) if hasattr(Recipe, f.name)]
 
 
 def model_config(settings, kind, classes):
     """The ModelConfig that a run's settings describe."""
     values = {name: getattr(settings, name) for name in ARCHITECTURE}
-    return ModelConfig(kind, classes, short_side=settings.test_side, long_side=settings.long_side, **values)
+    return ModelConfig(kind, classes, short_side=settings.test_side, **values)
 
 
 def architecture(config):
     """The settings that describe a ModelConfig: `model_config` the other way round."""
-    sides = {"test_side": config.short_side, "long_side": config.long_side}
-    return sides | {name: getattr(config, name) for name in ARCHITECTURE}
+    return {"test_side": config.short_side} | {name: getattr(config, name) for name in ARCHITECTURE}

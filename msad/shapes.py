@@ -38,6 +38,9 @@ def prepare(folder, seed=0):
         draw_split(unfinished, "val", VAL, seed)
         unfinished.chmod(0o755)
         os.rename(unfinished, folder)
+    except OSError:
+        if not folder.exists():  # else another run was faster, with the same pictures
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -78,7 +81,8 @@ def draw_picture(seed):
             continue
         _paint(canvas, outline + position, [hole + position for hole in holes], rng, draw)
         objects.append((label, tuple(map(float, box))))
-    canvas = _blurred(canvas, draw.uniform(0, 1.5))  # no lens is perfectly in focus
+    blur = ImageFilter.GaussianBlur(draw.uniform(0, 1.5))  # no lens is perfectly in focus
+    canvas = np.asarray(Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).filter(blur)).astype(np.float64)
     canvas += rng.normal(0, draw.uniform(1, 6), canvas.shape)
     return canvas.clip(0, 255).astype(np.uint8), objects
 
@@ -124,12 +128,6 @@ def _paint(canvas, outline, holes, rng, draw):
     # Towards whichever side has room: clipping at black or white must not swallow the contrast.
     color = max(((beneath + s).clip(0, 255) for s in (step, -step)), key=lambda c: np.linalg.norm(c - beneath))
     canvas += alpha * (color - canvas)
-
-
-def _blurred(canvas, radius):
-    """The canvas under a Gaussian blur of `radius` pixels."""
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))).astype(np.float64)
 
 
 def _polygons(name, size, tilt):

@@ -18,10 +18,10 @@ from .detector import Detector
 class CrossingFusion(nn.Module):
     """The gate of C-FF, shared by all levels: pooled H and L -> softmax over the two."""
 
-    def __init__(self, channels, reduction=16):
+    def __init__(self, channels):
         super().__init__()
-        self.squeeze = nn.Linear(2 * channels, 2 * channels // reduction, bias=False)
-        self.excite = nn.Linear(2 * channels // reduction, 2, bias=False)
+        self.squeeze = nn.Linear(2 * channels, 2 * channels // 16, bias=False)
+        self.excite = nn.Linear(2 * channels // 16, 2, bias=False)
 
     def weights(self, high, low):
         """Two maps (N,C,h,w) of a level -> (N,2): the shares of H and L, which add up to 1."""
@@ -42,15 +42,8 @@ class Teacher(Detector):
     """The multi-scale aligned teacher: branches fused (the default), high and low of one image."""
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config, branches=("fused", "high", "low"), levels=range(2, 8))
         self.fusion = CrossingFusion(config.fpn_channels)
-
-    @staticmethod
-    def branches_of(kind):
-        return ("fused", "high", "low")
-
-    def levels(self):
-        return range(2, 8)
 
     def pyramids(self, images, branches=("fused", "high", "low")):
         """Normalised high-resolution images -> {branch: five maps}; only what the wanted branches need is computed."""
@@ -68,12 +61,8 @@ class Teacher(Detector):
 class MultiScale(Detector):
     """Conventional multi-scale training: high and low both read at P3..P7, each in its own pixels, no fusion."""
 
-    @staticmethod
-    def branches_of(kind):
-        return ("high", "low")
-
-    def levels(self):
-        return align.levels(shift=0)
+    def __init__(self, config):
+        super().__init__(config, branches=("high", "low"), levels=align.levels(shift=0))
 
     def pyramids(self, images, branches=("high", "low")):
         inputs = {"high": images}

@@ -25,13 +25,13 @@ def read_tensors(path):
 
 
 @contextlib.contextmanager
-def blamed(path):
+def blamed(path, fault="a damaged checkpoint"):
     """What goes wrong with values that were read from a file is that file's fault: InputError, one line."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path}: a damaged checkpoint ({type(error).__name__}: {reason})") from None
+        raise InputError(f"{path}: {fault} ({type(error).__name__}: {reason})") from None
 
 
 class Expected(NamedTuple):

@@ -4,7 +4,6 @@ The loops themselves stand in the scripts. Whatever depends on the iteration tak
 needs no more than the weights, the optimizer's state and a number.
 """
 
-import contextlib
 import math
 import os
 import signal
@@ -59,7 +58,6 @@ def check_classes(one, found, other, wanted):
 
 def open_folder(out, fresh):
     """Make the folder of a run. A fresh run moves an earlier one's files aside instead of writing over them."""
-    out = Path(out)
     if processes.is_main():
         probe = out / ".writable"
         try:
@@ -154,15 +152,14 @@ class Update:
 
 def precision_of(device, wanted):
     """What was wanted, or else bf16 where the device computes in it rather than imitating it."""
-    native = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
-    return wanted or ("bf16" if native() else "fp32")
+    cuda = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+    return wanted or ("bf16" if native else "fp32")
 
 
 def autocast_for(device, precision):
-    """A function that opens the context in which the network runs at a precision."""
-    if precision == "fp32":
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+    """The context, to be entered as often as wanted, in which the network runs at a precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def batches(dataset, multiple, settings, start, device):
@@ -195,12 +192,6 @@ def begin(model, saved, settings, device, out):
     if saved:
         done, length = checkpoint.restore_run(saved["training"], optimizer, out / "last.pt")
     return done, Log(out / "log.jsonl", length), Update(model, optimizer, settings, device)
-
-
-def say_how_to_go_on(script, out, done):
-    if processes.is_main():
-        print(f"\nstopped after {done} iterations; go on with: python {script} --resume --out {out}")
-    return 130
 
 
 class Interrupt:

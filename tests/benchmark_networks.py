@@ -52,7 +52,7 @@ def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
     autocast = training.autocast_for(CPU, precision)
 
     def step():
-        with autocast():
+        with autocast:
             _, outputs = model(model.normalize(images, [tuple(images.shape[-2:])] * batch))
         losses = model.losses(outputs, boxes, labels)
         update(1, sum(train.WEIGHT[name.split("/")[0]] * value for name, value in losses.items()), losses)
@@ -86,7 +86,7 @@ def our_inference(precision="fp32", **changes):
     autocast = training.autocast_for(CPU, precision)
 
     def run():
-        with autocast():
+        with autocast:
             model.detect([image], resize=False)
 
     return run

@@ -52,6 +52,15 @@ def test_packed_arrays_equal_a_plain_reading(tmp_path, seed):
     assert read.summary() == f"6 images ({empty} without boxes), 25 boxes ({crowd} crowd), 3 classes"
 
 
+@pytest.mark.parametrize("written, crowd", [("0", False), (None, False), (True, True), ("1", True), (1.0, True)])
+def test_crowd_flags_are_read_however_they_are_written(tmp_path, written, crowd):
+    content = random_content(0)
+    for a in content["annotations"]:
+        a["iscrowd"] = written
+    write(tmp_path, content)
+    assert (annotations.read(tmp_path, "train").crowd == crowd).all()
+
+
 def test_names_may_be_foreign_or_in_subfolders(tmp_path):
     content = random_content(0)
     names = ["été/雪 1.png", "a b.png", "sub/x/ü.png", "Ω.png", "'q\".png", "plain.png"]
@@ -145,6 +154,7 @@ BROKEN = {
     "no bbox": (lambda content: content["annotations"][9].pop("bbox"), "annotations[9] needs a field 'bbox'"),
     "three numbers": (set_in("annotations", 9, bbox=[1, 2, 3]), "annotations[9] needs a bbox of four"),
     "text for numbers": (set_in("annotations", 9, bbox=["a", 1, 2, 3]), "not in COCO format"),
+    "half a category": (set_in("categories", 1, id=1.7), "categories[1] needs a field 'id'"),
     "half an id": (set_in("annotations", 9, image_id=1.5), "annotations[9] needs a field 'image_id'"),
     "name is a number": (set_in("images", 1, file_name=7), "images[1] needs a field 'file_name'"),
     "outside": (set_in("images", 1, file_name="../annotations/instances_train.json"), "points outside"),

@@ -151,6 +151,17 @@ def test_evaluate_draws_each_branch_beside_the_truth(home, written):
     assert len(scores) > 10 and min(scores) >= 0.5
 
 
+NAMES = {"low": ["student @ low"], "high": ["high resolution"]}
+NAMES["conventional"] = ["conventional @ high", "conventional @ low"]
+
+
+@pytest.mark.parametrize("kind, labels", NAMES.items())
+def test_beside_a_teacher_a_model_is_called_what_it_is(kind, labels):
+    model = tiny_model(kind)
+    columns = pictures.beside(tiny_model("teacher"), model, sorted(model.branches))
+    assert list(columns) == ["teacher @ fused", "teacher @ low", *labels]
+
+
 @pytest.mark.parametrize("name, branch", [("student", "low"), ("teacher", "fused"), ("teacher", "low")])
 def test_results_for_a_folder_are_the_model_s_own_in_coco_format(home, photos, name, branch):
     res = ["--res", "low"] if branch == "low" else []

@@ -6,6 +6,7 @@ import signal
 
 import distill
 import pytest
+import torch
 import train
 from scripts import assert_same_run, call, complaint, runs, start, succeed, wait_for_lines
 
@@ -81,6 +82,17 @@ def test_resuming_with_other_settings_names_them(uninterrupted, flags):
     line = complaint(train, "--resume", "--out", uninterrupted / "trained", *flags.split())
     assert flags.split()[0] in line and str(uninterrupted / "trained" / "last.pt") in line
     assert (uninterrupted / "trained" / "log.jsonl").read_bytes() == before
+
+
+def test_resuming_with_another_teacher_is_refused(uninterrupted, tmp_path):
+    path = shutil.copytree(uninterrupted / "distilled", tmp_path / "out") / "last.pt"
+    content = torch.load(path, weights_only=True)
+    teacher = torch.load(content["training"]["settings"]["teacher"], weights_only=True)
+    teacher["model"]["backbone.layer1.0.conv1.weight"][0, 0, 0, 0] += 1e-3
+    torch.save(teacher, tmp_path / "teacher.pt")
+    content["training"]["settings"]["teacher"] = str(tmp_path / "teacher.pt")
+    torch.save(content, path)
+    assert f"{tmp_path}/teacher.pt: is not the teacher" in complaint(distill, "--resume", "--out", path.parent)
 
 
 @pytest.mark.parametrize("script, name", [(train, "distilled"), (distill, "trained")])

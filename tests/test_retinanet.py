@@ -238,7 +238,7 @@ def test_decoding_the_targets_gives_the_boxes_back():
 def test_every_model_trains_and_detects(kind):
     model = make_model(kind).train()
     boxes, labels = [torch.tensor([[4.0, 4, 40, 44]]), torch.zeros(0, 4)], [torch.tensor([1]), torch.zeros(0).long()]
-    _, outputs = model(torch.randn(2, 3, 32, 64) if model.sees_low_only else torch.randn(2, 3, 64, 128))
+    _, outputs = model(torch.randn(2, 3, 32, 64) if model.scale == 2 else torch.randn(2, 3, 64, 128))
     losses = model.losses(outputs, boxes, labels)
     assert losses.keys() == {f"{branch}/{part}" for branch in model.branches for part in ("cls", "box")}
     sum(losses.values()).backward()

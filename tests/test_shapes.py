@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFilter
 
 from msad import annotations, shapes
 from msad.data import fitted_size
@@ -75,6 +77,19 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, few):
     assert list((tmp_path / "shapes").iterdir()) == []
 
 
+def test_of_two_runs_that_draw_at_once_the_slower_one_uses_what_is_there(tmp_path, few, monkeypatch):
+    draw_split = shapes.draw_split
+
+    def overtaken(folder, split, count, seed):
+        draw_split(folder, split, count, seed)
+        if split == "val":
+            shutil.copytree(folder, tmp_path / "shapes")
+
+    monkeypatch.setattr(shapes, "draw_split", overtaken)
+    assert shapes.prepare(tmp_path / "shapes") == tmp_path / "shapes"
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+
+
 @pytest.mark.parametrize("accident", [KeyboardInterrupt, OSError])
 def test_an_interrupted_draw_leaves_nothing(tmp_path, few, monkeypatch, accident):
     draw_split = shapes.draw_split
@@ -120,7 +135,7 @@ def test_boxes_are_tight_around_the_pixels_drawn(name, monkeypatch):
             return np.zeros(args[2]) if args else self.real.normal(size=size)
 
     monkeypatch.setattr(shapes, "_background", lambda rng: flat.copy())
-    monkeypatch.setattr(shapes, "_blurred", lambda canvas, radius: canvas)
+    monkeypatch.setattr(shapes.ImageFilter, "GaussianBlur", lambda radius: ImageFilter.BoxBlur(0))
     monkeypatch.setattr(shapes.random, "Random", OneShape)
     monkeypatch.setattr(shapes.np.random, "default_rng", Quiet)
     for trial in range(12):

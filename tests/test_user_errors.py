@@ -28,6 +28,7 @@ FLAG_ERRORS = (
     "--recipe huge", "--iters many", "--iters 0", "--batch 0", "--batch -2", "--seed -1", "--workers -1", "--lr nan",
     "--lr -1", "--pad 100", "--pad 0", "--head-channels 48", "--head-convs 0", "--fpn-channels 0", "--short-sides",
     "--short-sides 0", "--long-side 0", "--test-side 0", "--save-every 0", "--eval-every 0", "--log-every 0",
+    "--object-scale 0", "--no-align --res low",
 )  # fmt: skip
 
 
@@ -57,6 +58,12 @@ def test_values_no_run_can_be_made_of(home, flags):
     assert flags.split()[0] in line
 
 
+def test_a_batch_smaller_than_the_number_of_processes(home, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun starts it, before it has met the other
+    line = complaint(train, *TINY, "--data", home / "data", "--out", home / "out", "--batch", 1)
+    assert "--batch 1 is smaller than the number of processes, 2" in line
+
+
 def test_a_batch_too_small_for_batchnorm(tmp_path):
     squares = draw_rectangles(tmp_path / "data", {"train": 2, "val": 1}, sides=(64, 64))
     flags = [*TINY, "--data", squares, "--out", tmp_path / "out", "--short-sides", 64, "--batch", 1]
@@ -84,6 +91,8 @@ def test_distilling_needs_a_teacher_that_fits(home, tmp_path):
     assert f"{home}/file" in complaint(distill, *flags, "--teacher", home / "file")
     assert "not a teacher" in complaint(distill, *flags, "--teacher", home / "student" / "last.pt")
     assert "--fpn-channels" in complaint(distill, *flags, "--teacher", teacher, "--fpn-channels", 64)
+    assert "--kd-ramp -5" in complaint(distill, *flags, "--teacher", teacher, "--kd-ramp", -5)
+    assert "--kd -1.0" in complaint(distill, *flags, "--teacher", teacher, "--kd", -1)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.pt"))
     before = teacher.read_bytes()
     assert "the teacher is in there" in complaint(distill, *flags, "--teacher", teacher, "--out", home / "teacher")
@@ -100,6 +109,9 @@ def test_evaluation_needs_a_checkpoint_a_branch_and_a_place(home):
     assert "--json" in complaint(evaluate, *data_flags, *student, "--json", home / "none" / "a.json")
     assert "instances_val*.json" in complaint(evaluate, *student, "--data", home / "none")
     assert "--device warp" in complaint(evaluate, *data_flags, *student, "--device", "warp")
+    (home / "student" / "pictures").mkdir()
+    looked_at = complaint(evaluate, *student, "--images", home / "student" / "pictures")
+    assert "--out" in looked_at and not list((home / "student" / "pictures").iterdir())
 
 
 @pytest.fixture

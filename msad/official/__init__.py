@@ -143,15 +143,12 @@ def load_backbone(backbone, settings):
     """Fill a ResNet from `settings.weights`: "none", "imagenet" (torchvision's, downloaded by it) or a file.
 
     A file holds torchvision's ImageNet weights, or slimmable ones, of which `settings.width` is used. Prints and
-    returns a line that accounts for its tensors. Raises InputError.
+    returns a line that accounts for its tensors, if there are any. Raises InputError.
     """
     if settings.weights == "none":
         return None
     source = f"--weights {settings.weights}"
-    if settings.weights == "imagenet":
-        content = download(settings.backbone)
-    else:
-        content = read_tensors(settings.weights)
+    content = download(settings.backbone) if settings.weights == "imagenet" else read_tensors(settings.weights)
     state, origin = state_of(content, source)
     if origin == "detector":
         raise InputError(f"{source}: holds a detector; it is for distill.py --teacher and evaluate.py --ckpt")
@@ -160,9 +157,8 @@ def load_backbone(backbone, settings):
     expected = {name: Expected(tuple(tensor.shape), name) for name, tensor in backbone.state_dict().items()}
     if origin == "slimmable":
         expected = expected_backbone(settings.width)
-    for name in state:
-        if name.startswith(("fc.", "classifier.")):
-            expected[name] = Expected(shape_of(state[name]), "", "the classifier")
+    classifier = {n: tensor for n, tensor in state.items() if n.startswith(("fc.", "classifier."))}
+    expected |= {n: Expected(shape_of(tensor), "", "the classifier") for n, tensor in classifier.items()}
     what = f"{source}: {origin} ImageNet weights for {settings.backbone} of width {settings.width:g}"
     used, summary = take(state, expected, what)
     backbone.load_state_dict(cut(used, backbone, "conv1.weight") if origin == "slimmable" else used)
