@@ -31,6 +31,7 @@ run student distill.py $teacher
 run conventional train.py --no-align --iters $both
 run low-alone train.py --res low --iters $both
 [ $# = 3 ] && exit
+run student-narrow distill.py $teacher --head-channels 32 $pkd
 run student-slim distill.py $teacher --head-convs 1 $pkd
 run student-cold distill.py $teacher --weights none
 run student-cold-alone distill.py $teacher --weights none --kd 0

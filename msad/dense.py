@@ -18,7 +18,8 @@ def tower(in_channels, channels, convs, norm):
         conv = nn.Conv2d(channels if number else in_channels, channels, 3, padding=1)
         nn.init.normal_(conv.weight, std=0.01)
         nn.init.zeros_(conv.bias)
-        layers += [conv, GroupNorm(32, channels)] if norm else [conv]
+        # 32 groups, and fewer where one would have a single channel, which on a 1x1 map has no variance.
+        layers += [conv, GroupNorm(math.gcd(32, channels // 2), channels)] if norm else [conv]
         layers += [nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 

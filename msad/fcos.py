@@ -30,7 +30,7 @@ class FCOSHead(nn.Module):
 
     anchors = 1
     nms_threshold = 0.6
-    channel_multiple = 64  # GroupNorm(32) with at least two channels a group: one alone has no variance on a 1x1 map
+    channel_multiple = 16  # of which GroupNorm makes 8 groups at least
 
     def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
         super().__init__()

@@ -18,7 +18,7 @@ LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
 
 def new_head(convs=1, **more):
     torch.manual_seed(0)
-    return FCOSHead(32, CLASSES, 32, convs, **more)
+    return FCOSHead(32, CLASSES, 64, convs, **more)
 
 
 def cells(sizes):
@@ -185,3 +185,15 @@ def test_decoding_by_hand():
     some = torch.tensor([False, True, False, False, True, True])
     part = new_head().decode({name: x[0, some] for name, x in outputs.items()} | {"sizes": sizes}, some)
     assert part[0].equal(boxes[0, some]) and part[1].equal(scores[0, some])
+
+
+@pytest.mark.parametrize("channels", [16, 32, 48, 64, 80, 128, 256])
+def test_every_group_of_a_norm_has_something_to_vary(channels):
+    torch.manual_seed(0)
+    head = FCOSHead(8, CLASSES, channels, 2)
+    norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert len(norms) == 4 and all(2 * n.num_groups <= n.num_channels == channels for n in norms)
+    assert channels % 64 or {n.num_groups for n in norms} == {32}, "the usual 32 where it can be"
+    outputs = head([torch.randn(1, 8, 1, 1) for _ in range(5)])  # the smallest maps there are
+    outputs["logits"].sum().backward()
+    assert head.cls_tower[0].weight.grad.abs().sum() > 0, "a group of one channel would pass nothing on"

@@ -26,7 +26,7 @@ DATA_ERRORS = {
 FLAG_ERRORS = (
     "--nonsense", "--resu", "--res sideways", "--head ssd", "--backbone vgg", "--width 0.3", "--precision fp16",
     "--recipe huge", "--iters many", "--iters 0", "--batch 0", "--batch -2", "--seed -1", "--workers -1", "--lr nan",
-    "--lr -1", "--pad 100", "--pad 0", "--head-channels 48", "--head-convs 0", "--fpn-channels 0", "--short-sides",
+    "--lr -1", "--pad 100", "--pad 0", "--head-channels 40", "--head-convs 0", "--fpn-channels 0", "--short-sides",
     "--short-sides 0", "--long-side 0", "--test-side 0", "--save-every 0", "--eval-every 0", "--log-every 0",
     "--object-scale 0", "--no-align --res low",
 )  # fmt: skip
