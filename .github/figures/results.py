@@ -1,7 +1,8 @@
-"""The comparison's table and its picture: python .github/figures/results.py RUNS
+"""The comparison's tables and its picture: python .github/figures/results.py RUNS
 
-RUNS holds what .github/comparison.sh made, a folder HEAD-SEED each. Prints mean and standard deviation of AP over the
-seeds, and of the differences between rows of the same seed; writes cost.png, AP against the whole cost of one image.
+RUNS holds what .github/comparison.sh made, a folder HEAD-SEED each. Prints AP as mean ± standard deviation over the
+seeds, and the differences between rows of the same seed as mean ± standard error; writes cost.png, AP of FCOS against
+the whole cost of one image.
 """
 
 import json
@@ -21,34 +22,34 @@ from msad.curve import ticks
 ROWS = (
     ("conventional", "high", "conventional multi-scale @ high"),
     ("conventional", "low", "conventional multi-scale @ low"),
-    ("teacher", "fused", "aligned teacher, fused"),
-    ("teacher", "high", "aligned teacher @ high"),
-    ("teacher", "low", "aligned teacher @ low"),
-    ("low-alone", "low", "low resolution alone"),
-    ("student-alone", "low", "student, no distillation"),
+    ("low-alone", "low", "low resolution alone, aligned (P2-P6)"),
+    ("teacher", "fused", "aligned teacher, fused (half the iterations)"),
+    ("teacher", "high", "aligned teacher @ high (half)"),
+    ("teacher", "low", "aligned teacher @ low (half)"),
+    ("student-alone", "low", "student without distillation"),
     ("student", "low", "**student, the paper's L1**"),
     ("student-pkd", "low", "**student, PKD's correlation**"),
     ("student-narrow", "low", "slim student, PKD: half the head's channels"),
     ("student-slim", "low", "slim student, PKD: half the head's convolutions"),
-    ("student-cold-alone", "low", "cold start, no distillation"),
+    ("student-cold-alone", "low", "cold start, without distillation (half)"),
     ("student-cold", "low", "cold start, L1"),
-    ("teacher-wide", "fused", "aligned teacher of twice the width, fused"),
-    ("student-half-alone", "low", "its student of half that width, no distillation"),
+    ("teacher-wide", "fused", "aligned teacher of twice the width, fused (half)"),
+    ("student-half-alone", "low", "its student of half that width, without distillation"),
     ("student-half", "low", "its student of half that width, PKD"),
 )
 PAIRS = (
-    ("student", "conventional", "low"),
-    ("student", "conventional", "high"),
-    ("student", "student-alone", "low"),
-    ("student-pkd", "conventional", "low"),
-    ("student-pkd", "conventional", "high"),
-    ("student-pkd", "student-alone", "low"),
-    ("student-cold", "student-cold-alone", "low"),
-    ("student-narrow", "student-pkd", "low"),
-    ("student-slim", "student-pkd", "low"),
-    ("student-half", "student-half-alone", "low"),
-    ("student-alone", "low-alone", "low"),
-    ("teacher", "conventional", "low"),
+    ("student", "low", "conventional", "low"),
+    ("student-pkd", "low", "conventional", "low"),
+    ("student", "low", "conventional", "high"),
+    ("student-pkd", "low", "conventional", "high"),
+    ("student", "low", "student-alone", "low"),
+    ("student-pkd", "low", "student-alone", "low"),
+    ("student", "low", "low-alone", "low"),
+    ("student-pkd", "low", "low-alone", "low"),
+    ("student-narrow", "low", "student-pkd", "low"),
+    ("student-slim", "low", "student-pkd", "low"),
+    ("student-cold", "low", "student-cold-alone", "low"),
+    ("student-half", "low", "student-half-alone", "low"),
 )
 INK, GREY = (40, 40, 40), (222, 222, 222)
 COLORS = {"conventional": (110, 110, 110), "teacher": (44, 95, 160), "low-alone": (110, 110, 110)}
@@ -68,31 +69,41 @@ def read(runs):
     return found
 
 
-def spread(values):
-    """"86.2 ± 0.6", or "-" where there is nothing to find."""
-    if min(values) < 0:
-        return "-"
-    mean = statistics.mean(values)
-    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+def mean_and(spread, values, form):
+    """"86.2 ± 0.6", with the number of seeds where they are fewer than three; "" without values, "-" for nothing."""
+    if not values or min(values) == -100:
+        return "-" if values else ""
+    text = format(statistics.mean(values), form)
+    if len(values) > 1:
+        text += f" ± {spread(values):.1f}"
+    return text if len(values) > 2 else f"{text} ({len(values)} seed{'s' if values[1:] else ''})"
 
 
-def table(found, head):
-    """One line for each row: AP, AP of small, medium and large objects, and the number of seeds."""
-    print(f"\n| {head} | AP | small | medium | large | seeds |\n|---|---|---|---|---|---|")
+def standard_error(values):
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def tables(found):
+    """AP, and AP of small objects, of every row for every head; then the differences between rows of the same seed."""
+    heads = sorted({head for head, _, _ in found}, key=lambda head: ("fcos", "retinanet", head).index(head))
+    values = lambda head, folder, branch, key: [100 * e[key] for e in found.get((head, folder, branch), {}).values()]
+    columns = [(head, key) for head in heads for key in ("AP", "APs") if max(values(head, "teacher", "high", key)) >= 0]
+    print("| AP | " + " | ".join(head if key == "AP" else "small" for head, key in columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
     for folder, branch, name in ROWS:
-        seeds = found.get((head, folder, branch))
-        if seeds:
-            columns = [spread([100 * e[key] for e in seeds.values()]) for key in ("AP", "APs", "APm", "APl")]
-            print(f"| {name} | {' | '.join(columns)} | {len(seeds)} |")
-    print(f"\n| {head}, AP of the same seeds | difference | standard error | seeds |\n|---|---|---|---|")
-    for one, other, branch in PAIRS:
-        first, second = found.get((head, one, "low"), {}), found.get((head, other, branch), {})
-        both = sorted(first.keys() & second.keys())
-        if both:
-            differences = [100 * (first[s]["AP"] - second[s]["AP"]) for s in both]
-            error = f"{statistics.stdev(differences) / len(both) ** 0.5:.2f}" if len(both) > 1 else ""
-            mean = statistics.mean(differences)
-            print(f"| {one} - {other} @ {branch} | {mean:+.1f} | {error} | {len(both)} |")
+        cells = [mean_and(statistics.stdev, values(head, folder, branch, key), ".1f") for head, key in columns]
+        if any(cells):
+            print(f"| {name} | {' | '.join(cells)} |")
+    print("\n| difference in AP, the same seeds | " + " | ".join(heads) + " |\n" + "|---" * (1 + len(heads)) + "|")
+    names = {(folder, branch): name.replace("*", "") for folder, branch, name in ROWS}
+    for one, branch, other, against in PAIRS:
+        cells = []
+        for head in heads:
+            first, second = found.get((head, one, branch), {}), found.get((head, other, against), {})
+            both = sorted(first.keys() & second.keys())
+            cells.append(mean_and(standard_error, [100 * (first[s]["AP"] - second[s]["AP"]) for s in both], "+.1f"))
+        if any(cells):
+            print(f"| {names[one, branch]} - {names[other, against]} | {' | '.join(cells)} |")
 
 
 def points(runs, found, head):
@@ -142,8 +153,7 @@ def draw(found_points, path):
 
 def main():
     found = read(sys.argv[1])
-    for head in sorted({head for head, _, _ in found}):
-        table(found, head)
+    tables(found)
     draw(points(sys.argv[1], found, "fcos"), ROOT / ".github" / "figures" / "cost.png")
 
 
