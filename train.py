@@ -35,7 +35,8 @@ def open_run():
     """The settings of this run, its folder, and the checkpoint it goes on from, if any."""
     given, go_on = S.parse(Settings, __doc__)
     saved, settings = None, S.settle(Settings, given)
-    out = Path(settings.out or f"runs/{kind_of(settings)}")
+    kind = kind_of(settings)  # refuses what makes no sense, before an earlier run is moved aside
+    out = Path(settings.out or f"runs/{kind}")
     if go_on and (out / "last.pt").exists():
         saved, settings = S.resume(Settings, given, out / "last.pt")
     device, settings = T.start(settings)

@@ -12,7 +12,7 @@ SCORE_THRESHOLD = 0.05  # of a class's probability, below which a location canno
 
 
 def tower(in_channels, channels, convs, norm):
-    """`convs` 3x3 convolutions with ReLU, and GroupNorm(32) between if `norm`: (N,C,h,w) -> (N,channels,h,w)."""
+    """`convs` 3x3 convolutions with ReLU, and GroupNorm between if `norm`: (N,C,h,w) -> (N,channels,h,w)."""
     layers = []
     for number in range(convs):
         conv = nn.Conv2d(channels if number else in_channels, channels, 3, padding=1)

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -36,7 +37,7 @@ def introduce(settings, model, train, val, device, out):
 def stopped(script, out, done):
     """Say how to go on -> the exit code."""
     if processes.is_main():
-        command = shlex.join(["python", script, "--resume", "--out", str(out)])
+        command = shlex.join(["python", script, "--resume", "--out", out.as_posix()])
         print(f"\nstopped after {done} iterations; go on with: {command}")
     return 130
 
@@ -51,11 +52,11 @@ def report(results, out, settings, drawn, next_command):
     """The last lines: what was reached, {row: metrics}, where it lies, and what to do with the checkpoint next."""
     show(results)
     if processes.is_main():
-        data = ["--data", settings.data] if settings.data else []
+        data = ["--data", Path(settings.data).as_posix()] if settings.data else []  # which Windows takes unquoted
         if data and next_command[0] == "distill.py":
             data += ["--recipe", settings.recipe]
         print(f"checkpoint {out / 'last.pt'}, log {out / 'log.jsonl'}\n{drawn}")
-        print(f"next: {shlex.join(['python', *next_command, str(out / 'last.pt'), *data])}")
+        print(f"next: {shlex.join(['python', *next_command, (out / 'last.pt').as_posix(), *data])}")
 
 
 class Log:

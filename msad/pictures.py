@@ -33,7 +33,7 @@ def readings(name, model, branches):
 
 def beside(teacher, student, branches):
     """The columns that set a student, or another model, against what a teacher makes of both resolutions and of L."""
-    name = "student" if student.config.kind == "low" else student.config.kind
+    name = {"low": "student", "teacher": "checkpoint"}.get(student.config.kind, student.config.kind)
     return readings("teacher", teacher, ["fused", "low"]) | readings(name, student, branches)
 
 

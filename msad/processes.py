@@ -22,12 +22,14 @@ def stop():
 
 
 def rank():
-    """This process's number, known before it has joined the others."""
-    return int(os.environ.get("RANK", 0))
+    """This process's number, known before it has joined torchrun's group."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def count():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def is_main():

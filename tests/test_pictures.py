@@ -153,6 +153,7 @@ def test_evaluate_draws_each_branch_beside_the_truth(home, written):
 
 NAMES = {"low": ["student @ low"], "high": ["high resolution"]}
 NAMES["conventional"] = ["conventional @ high", "conventional @ low"]
+NAMES["teacher"] = ["checkpoint @ fused", "checkpoint @ high", "checkpoint @ low"]
 
 
 @pytest.mark.parametrize("kind, labels", NAMES.items())

@@ -60,6 +60,7 @@ def test_values_no_run_can_be_made_of(home, flags):
 
 def test_a_batch_smaller_than_the_number_of_processes(home, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun starts it, before it has met the other
+    monkeypatch.setenv("RANK", "0")
     line = complaint(train, *TINY, "--data", home / "data", "--out", home / "out", "--batch", 1)
     assert "--batch 1 is smaller than the number of processes, 2" in line
 

@@ -87,7 +87,7 @@ def tables(found):
     """AP, and AP of small objects, of every row for every head; then the differences between rows of the same seed."""
     heads = sorted({head for head, _, _ in found}, key=lambda head: ("fcos", "retinanet", head).index(head))
     values = lambda head, folder, branch, key: [100 * e[key] for e in found.get((head, folder, branch), {}).values()]
-    columns = [(head, key) for head in heads for key in ("AP", "APs") if max(values(head, "teacher", "high", key)) >= 0]
+    columns = [(head, key) for head in heads for key in ("AP", "APs") if max(values(head, "teacher", "high", key), default=-1) >= 0]
     print("| AP | " + " | ".join(head if key == "AP" else "small" for head, key in columns) + " |")
     print("|---" * (1 + len(columns)) + "|")
     for folder, branch, name in ROWS:
