@@ -109,7 +109,8 @@ def main():
         pen.arrow((x, ROWS["low"] - half[2] - 26), (x, ROWS["fused"] + half[1] + 4), LOW)
         pen.text(x + 12, ROWS["fused"] - half[1] - 17, "a", HIGH)
         pen.text(x + 12, ROWS["fused"] + half[1] + 17, "b", LOW)
-    pen.text(MIDDLE, ROWS["fused"], "fused = a H + b L\na gate reads both:\na + b = 1, one pair\nper image and level", FUSED)
+    gate = "fused = a H + b L\na gate reads both:\na + b = 1, one pair\nper image and level"
+    pen.text(MIDDLE, ROWS["fused"], gate, FUSED)
     for row, words in HEADS.items():
         y, start = ROWS[row], COLUMNS[-1] + 42
         pen.arrow((start, y), (start + 38, y), COLORS[row])
@@ -120,7 +121,7 @@ def main():
         above, below = ROWS["fused"], ROWS["student"]
         pen.path([(edge, above), (bend, above), (bend, below), (edge, below)], FUSED)
     middle = (ROWS["low"] + ROWS["student"]) / 2
-    pen.text(COLUMNS[-1] + 42, middle, "- - - distillation, level by\nlevel: mean |student - fused|", FUSED, anchor="lm")
+    pen.text(COLUMNS[-1] + 42, middle, "- - - distillation, by level:\nmean |student - fused|", FUSED, anchor="lm")
     pen.canvas.resize(SIZE, Image.Resampling.LANCZOS).save(ROOT / ".github" / "figures" / "pyramids.png", optimize=True)
 
 

@@ -34,8 +34,8 @@ ROWS = (
     ("student-cold-alone", "low", "cold start, without distillation (half)"),
     ("student-cold", "low", "cold start, L1"),
     ("teacher-wide", "fused", "aligned teacher of twice the width, fused (half)"),
-    ("student-half-alone", "low", "its student of half that width, without distillation"),
-    ("student-half", "low", "its student of half that width, PKD"),
+    ("student-half-alone", "low", "student of half its teacher's width, without distillation"),
+    ("student-half", "low", "student of half its teacher's width, PKD"),
 )
 PAIRS = (
     ("student", "low", "conventional", "low"),
@@ -52,8 +52,8 @@ PAIRS = (
     ("student-half", "low", "student-half-alone", "low"),
 )
 INK, GREY = (40, 40, 40), (222, 222, 222)
-COLORS = {"conventional": (110, 110, 110), "teacher": (44, 95, 160), "low-alone": (110, 110, 110)}
-STUDENT = (206, 110, 40)
+ALONE, TEACHER, STUDENT = (110, 110, 110), (44, 95, 160), (206, 110, 40)
+COLORS = {"conventional": ALONE, "low-alone": ALONE, "teacher": TEACHER, "teacher-wide": TEACHER}
 
 
 def read(runs):
@@ -87,7 +87,8 @@ def tables(found):
     """AP, and AP of small objects, of every row for every head; then the differences between rows of the same seed."""
     heads = sorted({head for head, _, _ in found}, key=lambda head: ("fcos", "retinanet", head).index(head))
     values = lambda head, folder, branch, key: [100 * e[key] for e in found.get((head, folder, branch), {}).values()]
-    columns = [(head, key) for head in heads for key in ("AP", "APs") if max(values(head, "teacher", "high", key), default=-1) >= 0]
+    known = lambda head, key: max(values(head, "teacher", "high", key), default=-1) >= 0
+    columns = [(head, key) for head in heads for key in ("AP", "APs") if known(head, key)]
     print("| AP | " + " | ".join(head if key == "AP" else "small" for head, key in columns) + " |")
     print("|---" * (1 + len(columns)) + "|")
     for folder, branch, name in ROWS:
@@ -127,7 +128,7 @@ def draw(found_points, path):
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(14 * fine)
     costs, scores = [p[2] for p in found_points], [p[3] for p in found_points]
-    right, bottom, top = 1.4 * max(costs), int(min(scores)) - 1, int(max(scores)) + 2
+    right, bottom, top = 1.1 * max(costs), int(min(scores)) - 1, int(max(scores)) + 2
     share = lambda y: (y - bottom) / (top - bottom)
     at = lambda x, y: (fine * (60 + (width - 90) * x / right), fine * (height - 55 - (height - 90) * share(y)))
     for y in range(bottom, top + 1, 2):
@@ -137,17 +138,18 @@ def draw(found_points, path):
         pen.text((at(x, bottom)[0], at(x, bottom)[1] + 8 * fine), f"{x:g}", INK, font, anchor="mt")
     pen.text((fine * width / 2, fine * (height - 6)), "GMACs of one image, all of the network", INK, font, anchor="mb")
     pen.text((fine * 60, fine * 18), "AP", INK, font, anchor="mm")
-    taken = []
-    for name, folder, x, y in sorted(found_points, key=lambda p: -p[3]):
-        a, b = at(x, y)
-        fill = COLORS.get(folder, STUDENT)
-        pen.ellipse([a - 5 * fine, b - 5 * fine, a + 5 * fine, b + 5 * fine], fill)
-        words, row = f"{name} {y:.1f}", b
-        start, end = a + 10 * fine, a + 14 * fine + font.getlength(words)
+    dots = [at(x, y) for _, _, x, y in found_points]
+    taken = [(a - 6 * fine, a + 6 * fine, b) for a, b in dots]  # of names and dots: from, to, at what height
+    for (a, b), (name, folder, _, y) in sorted(zip(dots, found_points), key=lambda pair: (-pair[0][0], pair[0][1])):
+        fill, words = COLORS.get(folder, STUDENT), f"{name} {y:.1f}"
+        start = a + 16 * fine if a < width * fine / 2 else a - 16 * fine - font.getlength(words)
+        end, row = start + font.getlength(words), b
         while any(abs(row - other) < 17 * fine and start < to and end > since for since, to, other in taken):
-            row += 2 * fine
-        taken.append((a, end, row))
+            row += fine
+        taken.append((start, end, row))
+        pen.line([a, b, start - 3 * fine if start > a else end + 3 * fine, row], fill, fine)
         pen.text((start, row), words, fill, font, anchor="lm")
+        pen.ellipse([a - 5 * fine, b - 5 * fine, a + 5 * fine, b + 5 * fine], fill)
     canvas.resize((width, height), Image.Resampling.LANCZOS).save(path, optimize=True)
 
 
