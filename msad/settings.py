@@ -89,7 +89,7 @@ SMALL = Recipe(
     warmup=50,
     clip=5.0,
     workers=0,
-    eval_every=500,
+    eval_every=1000,
     save_every=250,
 )
 RECIPES = {"small": SMALL, "coco": COCO}
