@@ -12,7 +12,7 @@ import train
 from folders import annotation_path, draw_rectangles
 from scripts import TINY, call, complaint, start, succeed
 
-from msad import data
+from msad import annotations, data, training
 
 DATA_ERRORS = {
     "no such folder": (["--data", "{home}/nothing"], "nothing/annotations/instances_train*.json"),
@@ -98,6 +98,15 @@ def test_distilling_needs_a_teacher_that_fits(home, tmp_path):
     before = teacher.read_bytes()
     assert "the teacher is in there" in complaint(distill, *flags, "--teacher", teacher, "--out", home / "teacher")
     assert teacher.read_bytes() == before
+
+
+def test_a_student_s_padding_is_its_own(home, tmp_path, monkeypatch):
+    def stop(dataset, multiple, *_):
+        raise annotations.InputError(f"padded to {multiple}")
+
+    monkeypatch.setattr(training, "batches", stop)
+    flags = [*TINY, "--data", home / "data", "--out", tmp_path, "--teacher", home / "teacher" / "last.pt", "--pad", 128]
+    assert "padded to 128" in complaint(distill, *flags)
 
 
 def test_evaluation_needs_a_checkpoint_a_branch_and_a_place(home):
