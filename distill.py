@@ -2,49 +2,108 @@
 
     python distill.py --teacher runs/teacher/last.pt          the student starts from the teacher's weights
     python distill.py --teacher runs/teacher/last.pt --kd 0   the control: the same, without distillation
+
+Data, recipe, sizes and architecture are the teacher's unless something else is typed.
 """
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-from msad import align, checkpoint, curve, distillation, evaluation, models, official, pictures
-from msad import processes, settings as S, training as T
-from msad.annotations import InputError
-from msad.data import CocoDataset
-from msad.distillation import LOSSES, ramp
-from msad.log import Progress, introduce, report, show, stopped
-from msad.tensors import blamed
+from msad import align, checkpoint, distillation, evaluation, models, pictures, processes
+from msad.annotations import check_classes
+from msad.data import CocoDataset, open_data, train_loader
+from msad.files import InputError, blamed
+from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, evaluate_all, find_checkpoint, open_folder
+from msad.run import print_header, print_table, set_learning_rate, start
+from msad.settings import inherit, model_config, parse_flags, resume_settings, settle
 
-
-@dataclass(frozen=True)
-class Settings(S.Recipe):
-    teacher: str = S.option("", "the teacher's checkpoint (needed)")
-    kd_loss: str = S.option("l1", "distance of the pyramids: the paper's l1, or PKD's correlation", tuple(LOSSES))
-    kd: float = S.option(0.6, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off")
-    kd_ramp: int = S.option(500, "iterations until the distillation has its full weight")
-    weights: str = S.option("teacher", "start: teacher, none, or with a backbone from imagenet or a FILE [teacher]")
-
-
-def student_settings(given):
-    """Settings in which the student is like the teacher, as far as nothing else was asked for; and the teacher."""
-    if "teacher" not in given:
-        raise InputError("--teacher CKPT is needed: train one with train.py")
-    teacher = checkpoint.load_teacher(given["teacher"])
-    return S.settle(Settings, given, S.architecture(teacher.config) | {"weights": "teacher"}), teacher
+OWN = {  # settings of this script alone, as rows of settings.TABLE
+    "teacher": ("", "", "the teacher's checkpoint (needed)"),
+    "kd_loss": ("l1", "l1", "distance of the pyramids: the paper's, or PKD's correlation"),
+    "kd": (distillation.WEIGHT, distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off"),
+    "kd_ramp": (distillation.RAMP, distillation.RAMP, "iterations until the distance has its full weight"),
+    "weights": ("teacher", "teacher", "start: teacher, none, or with a backbone from imagenet or a FILE"),
+}
 
 
-def open_run():
-    """The settings of this run, its folder, the checkpoint it goes on from, if any, and the teacher."""
-    given, go_on = S.parse(Settings, __doc__)
-    out = Path(given.get("out") or "runs/student")
-    if go_on and (out / "last.pt").exists():
-        saved, settings = S.resume(Settings, given, out / "last.pt")
-        teacher = checkpoint.load_teacher(settings.teacher)
-        check_same(teacher, saved["training"], settings, out)
+def main():
+    # What to do, and whether an earlier run goes on.
+    typed, resume = parse_flags(__doc__, OWN)
+    out = Path(typed.get("out") or "runs/student")
+    saved = find_checkpoint(out, resume)
+    if saved:
+        settings = resume_settings(typed, OWN, saved, out / "last.pt")
+        read = checkpoint.read(settings.teacher, want="teacher")
+    elif "teacher" in typed:
+        read = checkpoint.read(typed["teacher"], want="teacher")
+        settings = settle(typed, OWN, inherit(read, typed["teacher"]))
     else:
-        saved, (settings, teacher) = None, student_settings(given)
+        raise InputError("--teacher CKPT is needed: train one with train.py")
+    teacher = checkpoint.restore(read, settings.teacher)
+    checksum = distillation.checksum(teacher)
+    check(settings, out, teacher, checksum, saved)
+    device = start(settings)
+    autocast = processes.autocast(device, settings.precision)
+
+    # Data: in training what the teacher sees; in evaluation the student reads images straight at low resolution.
+    train, val = open_data(settings.data)
+    training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
+    high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
+    low_set = CocoDataset(val, (settings.test_side,), settings.long_side, settings.downsample)
+
+    # Models and optimizer.
+    check_classes("the data", train.classes, "the teacher", teacher.config.classes)
+    student = checkpoint.restore(saved, out / "last.pt") if saved else new_student(settings, teacher)
+    network = processes.parallel(student.to(device))
+    optimizer = build_optimizer(student, settings)
+    teacher = distillation.freeze(teacher).to(device)
+
+    open_folder(out, resume)
+    print_header(settings, student, train, val, device, out)
+    results = saved["training"]["teacher"] if saved else evaluate_all(teacher, high_set, settings, autocast)
+    rows = {f"teacher @ {branch}": metrics for branch, metrics in results.items()}
+    print_table(rows)
+    kept = {"teacher": results, "teacher_checksum": checksum}
+    run = Run("distill.py", out, settings, student, optimizer, low_set, autocast, saved, **kept)
+    batches = train_loader(training_set, settings.pad, settings, run.start, device)
+    student.train()
+
+    for iteration in range(run.start, settings.iters):
+        batch = next(batches).to(device)
+        high = student.normalize(batch.images, batch.sizes)
+        with autocast:
+            pyramids, outputs = network(align.downsample(high, settings.downsample))
+        losses = student.losses(outputs, batch.boxes, batch.labels)
+        loss = sum(losses["low"].values())
+        distances = {}
+        if settings.kd:
+            with torch.no_grad(), autocast:
+                fused = teacher.pyramids(high, ["fused"])["fused"]
+            distance = distillation.DISTANCES[settings.kd_loss](pyramids["low"], fused)
+            distances["kd"] = settings.kd * distillation.ramp(iteration, settings.kd_ramp) * distance
+            loss = loss + distances["kd"]
+
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = clip_grad_norm_(student.parameters(), settings.clip or math.inf)
+        numbers = run.read(loss, losses, gradient, **distances)
+        check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
+        set_learning_rate(optimizer, settings, iteration)
+        optimizer.step()
+
+        if run.after(iteration, numbers):
+            return INTERRUPTED
+
+    results = run.finish()
+    rows["student @ low"] = results["low"]
+    run.report(rows, pictures.beside(teacher, student, ["low"]), ["evaluate.py", "--ckpt"])
+
+
+def check(settings, out, teacher, checksum, saved):
+    """Raise InputError for a teacher that this run cannot have."""
     if settings.kd and settings.fpn_channels != teacher.config.fpn_channels:
         raise InputError(
             f"--fpn-channels {settings.fpn_channels}: the teacher's pyramid has {teacher.config.fpn_channels}; only "
@@ -52,100 +111,30 @@ def open_run():
         )
     if Path(settings.teacher).resolve().parent == out.resolve():
         raise InputError(f"--out {out}: the teacher is in there; choose another folder for the student")
-    device, settings = T.start(settings)
-    return settings, device, T.open_folder(out, fresh=not go_on), saved, teacher
-
-
-def check_same(teacher, training, settings, out):
-    """Raise InputError unless a run that goes on has the teacher it began with."""
-    with blamed(out / "last.pt"):
-        evaluation.table(training["teacher"])  # its numbers are shown again
-        same = training["teacher_checksum"] == distillation.checksum(teacher)
-    if not same:
-        raise InputError(
-            f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; put that one back (a later "
-            "train.py renamed it to last.1.pt), or start a new --out"
-        )
-
-
-def open_sets(settings, teacher):
-    """For training what the teacher sees, for validation the same, and images read straight at low resolution."""
-    train, val = T.open_data(settings.data)
-    T.check_classes("the data", train.classes, "the teacher", teacher.config.classes)
-    training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
-    high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
-    return training_set, high_set, CocoDataset(val, (settings.test_side,), settings.long_side, settings.downsample)
-
-
-def open_models(settings, saved, teacher, out, device):
-    """The student as its run left it, or a new one with the weights it starts from; and the frozen teacher."""
-    student = checkpoint.restore(saved, out / "last.pt") if saved else new_student(settings, teacher)
-    return student.to(device), distillation.freeze(teacher).to(device)
+    if saved:
+        with blamed(out / "last.pt"):
+            evaluation.table(saved["training"]["teacher"])  # its numbers are shown again
+            same = saved["training"]["teacher_checksum"] == checksum
+        if not same:
+            raise InputError(
+                f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; put that one back (a later "
+                "train.py renamed it to last.1.pt), or start a new --out"
+            )
 
 
 def new_student(settings, teacher):
-    student = models.build(S.model_config(settings, "low", teacher.config.classes))
+    """A student with the weights that it starts from."""
+    student = models.build(model_config(settings, "low", teacher.config.classes))
     line = "from random weights"
     if settings.weights != "none":
         line = distillation.start_from(student, teacher)
     if settings.weights not in ("teacher", "none"):
-        official.load_backbone(student.backbone, settings)
+        checkpoint.load_backbone(student, settings.weights)
         line += f"; then the backbone from {settings.weights}"
     if processes.is_main():
         print(f"student   {line}")
     return student
 
 
-def run():
-    settings, device, out, saved, teacher = open_run()
-    training_set, high_set, low_set = open_sets(settings, teacher)
-    checksum = distillation.checksum(teacher)
-    student, teacher = open_models(settings, saved, teacher, out, device)
-    network = processes.parallel(student)
-    start, log, update = T.begin(student, saved, settings, device, out)
-    autocast = T.autocast_for(device, settings.precision)
-    introduce(settings, student, training_set.annotations, low_set.annotations, device, out)
-
-    evaluate = lambda: T.evaluate(student, low_set, settings, autocast)
-    teacher_results = saved["training"]["teacher"] if saved else T.evaluate(teacher, high_set, settings, autocast)
-    rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
-    show(rows)
-    batches = T.batches(training_set, settings.pad, settings, start, device)
-    progress = Progress(settings, start)
-    interrupt = T.Interrupt(settings, device)
-    student.train()
-
-    for iteration in range(start, settings.iters):
-        batch = next(batches).to(device)
-        high = student.normalize(batch.images, batch.sizes)
-        with autocast:
-            pyramids, outputs = network(align.downsample(high, settings.downsample))
-        losses = student.losses(outputs, batch.boxes, batch.labels)
-        if settings.kd:
-            with torch.no_grad(), autocast:
-                fused = teacher.pyramids(high, ["fused"])["fused"]
-            distance = LOSSES[settings.kd_loss](pyramids["low"], fused)
-            losses["kd"] = settings.kd * ramp(iteration, settings.kd_ramp) * distance
-        loss = sum(losses.values())
-        lr = update(iteration, loss, losses)
-
-        progress.show(iteration, loss, losses)
-        log.losses(iteration, loss, losses, lr, settings.log_every)
-        done, stop = iteration + 1, interrupt.asked(iteration)
-        if done % settings.eval_every == 0 and done < settings.iters:
-            log.results(done, evaluate())
-        if done % settings.save_every == 0 or done == settings.iters or stop:
-            T.save(out, student, update, done, log, teacher=teacher_results, teacher_checksum=checksum)
-        if stop and done < settings.iters:
-            return stopped("distill.py", out, done)
-    progress.close()
-    interrupt.release()
-
-    results = evaluate()
-    log.results(settings.iters, results)
-    drawn = curve.draw_run(out, low_set.annotations, pictures.beside(teacher, student, ["low"]), autocast)
-    report(rows | {"student @ low": results["low"]}, out, settings, drawn, ["evaluate.py", "--ckpt"])
-
-
 if __name__ == "__main__":
-    T.main(run)
+    processes.run_script(main)

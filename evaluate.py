@@ -15,78 +15,78 @@ from pathlib import Path
 
 import torch
 
-from msad import checkpoint, cost, evaluation, pictures, processes, settings as S, training as T
-from msad.annotations import InputError
-from msad.data import CocoDataset
+from msad import checkpoint, evaluation, pictures, processes
+from msad.annotations import check_classes
+from msad.data import CocoDataset, open_data
+from msad.files import InputError, blamed, writing
 
 
 def parse():
-    usage = "%(prog)s --ckpt FILE [flags]"
-    parser = S.Parser(description=__doc__, usage=usage, allow_abbrev=False, formatter_class=S.Help)
+    parser = processes.Parser(__doc__, usage="%(prog)s --ckpt FILE [flags]")
     add = parser.add_argument_group("what is read").add_argument
     add("--ckpt", required=True, metavar="FILE", help="the checkpoint")
-    add("--res", choices=("fused", "high", "low"), help="the branch (default: all it has; with --images the first)")
-    add("--data", default="", metavar="DIR", help="folder in COCO layout (default: drawn shapes)")
-    add("--images", metavar="PATH", help="instead of --data: a picture, or a folder of pictures")
+    add("--res", default="", choices=("fused", "high", "low"), help="the branch [all it has; with --images the first]")
+    add("--data", default=None, metavar="DIR", help="folder in COCO layout [the one the checkpoint was trained on]")
+    add("--images", default="", metavar="PATH", help="instead of --data: a picture, or a folder of pictures")
     add = parser.add_argument_group("what is written").add_argument
-    add("--per-class", action="store_true", help="also print each class's AP")
-    add("--json", metavar="FILE", help="write the numbers, from 0 to 1, and the cost to a file")
-    add("--draw", nargs="?", type=int, const=8, metavar="N", help="draw N validation pictures (8), or all of --images")
-    add("--teacher", metavar="FILE", help="with --draw: a teacher's checkpoint, to be drawn beside --ckpt")
-    add("--threshold", type=float, default=pictures.THRESHOLD, metavar="X", help="lowest score drawn (default: 0.4)")
-    add("--out", metavar="DIR", help="folder for what is drawn and found (default: pictures, beside --ckpt)")
+    add("--per-class", action="store_true", default=False, help="also print each class's AP")
+    add("--json", default="", metavar="FILE", help="write the numbers, from 0 to 1, and the cost to a file")
+    add("--draw", nargs="?", type=int, const=8, default=0, metavar="N", help="draw N pictures (8), or all of --images")
+    add("--teacher", default="", metavar="FILE", help="with --draw: a teacher's checkpoint, to be drawn beside --ckpt")
+    add("--threshold", type=float, default=pictures.THRESHOLD, metavar="X", help="lowest score drawn [0.4]")
+    add("--out", default="", metavar="DIR", help="folder for what is drawn and found [pictures, beside --ckpt]")
     add = parser.add_argument_group("the run").add_argument
-    add("--batch", type=int, default=8, metavar="N", help="images at a time (default: 8)")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    add("--device", default="", metavar="X", help="cuda or cpu (default: CUDA where there is one)")
-    add("--precision", default="", choices=("fp32", "bf16"), help="default: bf16 where the device has it")
+    add("--batch", type=int, default=8, metavar="N", help="images at a time [8]")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read images [0]")
+    add("--device", default="", metavar="X", help="cuda or cpu [CUDA where there is one]")
+    add("--precision", default="", choices=("fp32", "bf16"), help="[bf16 where the device has it]")
     return parser.parse_args()
 
 
-def check(args):
-    """Raise InputError for flags that make no sense, alone or together."""
-    for name, value, least in (("--batch", args.batch, 1), ("--workers", args.workers, 0), ("--draw", args.draw, 1)):
-        if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}")
-    for name, value in (("--data", args.data), ("--json", args.json), ("--per-class", args.per_class)):
-        if args.images and value:
-            raise InputError(f"{name}: of no use with --images, where nothing is annotated")
-    if args.teacher and not args.draw:
-        raise InputError("--teacher: is drawn beside the checkpoint; add --draw")
-
-
-def run():
+def main():
     args = parse()
     check(args)
-    device = processes.device_of(args.device)
-    processes.start(device)
-    precision = T.precision_of(device, args.precision)
-    autocast = T.autocast_for(device, precision)
+    device = processes.start(args.device)
+    precision = args.precision or processes.native_precision(device)
+    autocast = processes.autocast(device, precision)
 
-    model = checkpoint.load(args.ckpt, device)
+    # The model, its branches, and the columns of what is drawn: two of a teacher's, if there is one, come first.
+    content = checkpoint.read(args.ckpt)
+    model = checkpoint.restore(content, args.ckpt).to(device)
     if args.res and args.res not in model.branches:
         has = ", ".join(model.branches)
         raise InputError(f"--res {args.res}: {args.ckpt} is a model of kind {model.config.kind}, which has {has}")
     branches = [args.res] if args.res else list(model.branches[:1]) if args.images else sorted(model.branches)
-    columns = columns_of(args.teacher, model, branches)
+    columns = pictures.readings(model.config.kind, model, branches)
+    labels = list(columns)
+    if args.teacher:
+        teacher = checkpoint.load(args.teacher, device, want="teacher")
+        check_classes("the teacher", teacher.config.classes, "the checkpoint", model.config.classes)
+        columns = pictures.beside(teacher, model, branches)
+        labels = list(columns)[-len(branches) :]
+
     out = Path(args.out or Path(args.ckpt).parent / "pictures")
     if args.images and out.resolve() == Path(args.images).resolve():
         raise InputError(f"--out {out}: the pictures to look at are in there; choose another folder")
     if args.images or args.draw:
-        with pictures.writing("--out", out):
+        with writing(out, "choose another --out"):
             out.mkdir(parents=True, exist_ok=True)
     if args.images:
-        return look_at(args, model, columns, out, autocast) if processes.is_main() else None
+        return look_at_images(args, model, columns, out, autocast) if processes.is_main() else None
 
-    (annotations,) = T.open_data(args.data, ["val"])
-    T.check_classes("the data", annotations.classes, "the checkpoint", model.config.classes)
+    (annotations,) = open_data(data_of(args, content), ["val"])
+    check_classes("the data", annotations.classes, "the checkpoint", model.config.classes)
     dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.low_input)
     results = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)
     if not processes.is_main():
-        return
+        return None
     print(f"{args.ckpt}: {model.config.kind}, {model.config.backbone} x{model.config.width:g}; {annotations.summary()}")
-    found = {b: results[b][0] | {"cost": cost.measure(model, dataset, b, autocast)} for b in branches}
-    report(args, found, list(columns)[-len(branches) :], f"{device}, {precision}, {torch.get_num_threads()} thread(s)")
+    found = {b: results[b][0] | {"cost": evaluation.measure_cost(model, dataset, b, autocast)} for b in branches}
+    print_numbers(args, dict(zip(labels, found.items())), f"{device}, {precision}, {torch.get_num_threads()} thread(s)")
+    if args.json:
+        with writing(args.json, "choose another --json"):
+            Path(args.json).write_text(json.dumps(found, indent=1))
+        print(f"\nwritten to {args.json}")
     if args.draw:
         indices = pictures.spread(annotations, args.draw)
         for index in indices:
@@ -95,46 +95,56 @@ def run():
         print(f"\ndrawn: {len(indices)} pictures, scores from {args.threshold:g}, in {out}")
 
 
-def columns_of(teacher, model, branches):
-    """What is drawn: two branches of the teacher, if one is given, and `branches` of the model; those come last."""
-    if not teacher:
-        return pictures.readings(model.config.kind, model, branches)
-    drawn = checkpoint.load_teacher(teacher, model.mean.device)
-    T.check_classes("the teacher", drawn.config.classes, "the checkpoint", model.config.classes)
-    return pictures.beside(drawn, model, branches)
+def check(args):
+    """Raise InputError for flags that make no sense, alone or together."""
+    for name, value, least in (("--batch", args.batch, 1), ("--workers", args.workers, 0), ("--draw", args.draw, 0)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}")
+    for name, value in (("--data", args.data), ("--json", args.json), ("--per-class", args.per_class)):
+        if args.images and value:
+            raise InputError(f"{name}: of no use with --images, where nothing is annotated")
+    if args.teacher and not args.draw:
+        raise InputError("--teacher: is drawn beside the checkpoint; add --draw")
 
 
-def report(args, found, labels, how):
-    """Print what was found for each branch, {branch: metrics with "cost"}, and write it to --json."""
-    for label, (branch, numbers) in zip(labels, found.items()):
+def data_of(args, content):
+    """The data to evaluate on: what was typed, else what the checkpoint was trained on; "" stands for drawn shapes."""
+    if args.data is not None:
+        return args.data
+    with blamed(args.ckpt):
+        folder = str((content["training"] or {}).get("settings", {}).get("data", ""))
+    if folder and not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; {args.ckpt} was trained on it: say with --data where it is now")
+    return folder
+
+
+def print_numbers(args, found, how):
+    """{label: (branch, metrics with "cost")}, measured on a device as `how` says."""
+    for label, (branch, numbers) in found.items():
         print(f"\n{label}")
         print("  ".join(f"{name} {evaluation.percent(numbers[name])}" for name in evaluation.METRICS))
-        print(f"{cost.text(branch, numbers['cost'])}, the padded size most images have")
+        print(f"{evaluation.cost_line(branch, numbers['cost'])}, the padded size most images have")
         ms = numbers["cost"]["ms"]
         print(f"network {ms['network']:.1f} ms, post-processing {ms['postprocessing']:.1f} ms per single image; {how}")
         if args.per_class:
             for name, value in numbers["classes"].items():
                 print(f"  {name:20} {evaluation.percent(value):>6}")
-    if args.json:
-        with pictures.writing("--json", args.json):
-            Path(args.json).write_text(json.dumps(found, indent=1))
-        print(f"\nwritten to {args.json}")
 
 
-def look_at(args, model, columns, out, autocast):
+def look_at_images(args, model, columns, out, autocast):
     """Run on pictures without annotations: write what the model finds and, with --draw, what that looks like."""
     results, count = [], 0
     for number, path, image in pictures.read_all(args.images):
         found = pictures.look(image, columns, autocast)
-        entry, own = {"image_id": number, "file_name": path.name}, list(found.values())[-1]
+        own = list(found.values())[-1]
         for box, label, score in zip(own["boxes"], own["labels"], own["scores"]):
-            category = {"category_id": model.config.classes[label]["id"]}
-            results.append(entry | category | {"bbox": evaluation.to_xywh(box), "score": float(score)})
+            entry = {"image_id": number, "file_name": path.name, "category_id": model.config.classes[label]["id"]}
+            results.append(entry | {"bbox": evaluation.to_xywh(box), "score": float(score)})
         if args.draw:
             strip = pictures.strip(image, found, model.config.classes, args.threshold)
             pictures.save(strip, out, number, path)
         count += 1
-    with pictures.writing("--out", out):
+    with writing(out, "choose another --out"):
         (out / "detections.json").write_text(json.dumps(results))
     print(f"{list(columns)[-1]}: {len(results)} detections in {count} picture(s), in {out / 'detections.json'}")
     if args.draw:
@@ -142,4 +152,4 @@ def look_at(args, model, columns, out, autocast):
 
 
 if __name__ == "__main__":
-    T.main(run)
+    processes.run_script(main)

@@ -5,25 +5,28 @@
     python train.py --res high | low        one resolution alone
 """
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
 
-from msad import checkpoint, curve, models, official, pictures, processes, settings as S, training as T
-from msad.annotations import InputError
-from msad.data import CocoDataset
-from msad.log import Progress, introduce, report, stopped
+from torch.nn.utils import clip_grad_norm_
 
-# L_teacher = L_det(H) + L_det(L) + 0.4 L_det(fused); a single resolution counts fully.
-WEIGHT = {"high": 1.0, "low": 1.0, "fused": 0.4}
+from msad import checkpoint, models, pictures, processes
+from msad.annotations import check_classes
+from msad.data import CocoDataset, open_data, train_loader
+from msad.files import InputError
+from msad.fusion import LOSS_WEIGHTS
+from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, find_checkpoint, open_folder, print_header
+from msad.run import set_learning_rate, start
+from msad.settings import model_config, parse_flags, resume_settings, settle
 
-
-@dataclass(frozen=True)
-class Settings(S.Recipe):
-    res: str = S.option("multi", "resolutions to train on", ("multi", "high", "low"))
-    no_align: bool = S.option(False, "with --res multi: no shift and no fusion, the conventional baseline")
+OWN = {  # settings of this script alone, as rows of settings.TABLE
+    "res": ("multi", "multi", "resolutions to train on"),
+    "no_align": (False, False, "with --res multi: no shift and no fusion, the conventional baseline"),
+}
 
 
 def kind_of(settings):
+    """The kind of model that --res and --no-align ask for."""
     if settings.res == "multi":
         return "conventional" if settings.no_align else "teacher"
     if settings.no_align:
@@ -31,73 +34,64 @@ def kind_of(settings):
     return settings.res
 
 
-def open_run():
-    """The settings of this run, its folder, and the checkpoint it goes on from, if any."""
-    given, go_on = S.parse(Settings, __doc__)
-    saved, settings = None, S.settle(Settings, given)
-    kind = kind_of(settings)  # refuses what makes no sense, before an earlier run is moved aside
-    out = Path(settings.out or f"runs/{kind}")
-    if go_on and (out / "last.pt").exists():
-        saved, settings = S.resume(Settings, given, out / "last.pt")
-    device, settings = T.start(settings)
-    return settings, device, T.open_folder(out, fresh=not go_on), saved
+def main():
+    # What to do, and whether an earlier run goes on.
+    typed, resume = parse_flags(__doc__, OWN)
+    settings = settle(typed, OWN)
+    out = Path(settings.out or f"runs/{kind_of(settings)}")
+    saved = find_checkpoint(out, resume)
+    if saved:
+        settings = resume_settings(typed, OWN, saved, out / "last.pt")
+    kind = kind_of(settings)
+    device = start(settings)
+    autocast = processes.autocast(device, settings.precision)
 
-
-def open_sets(settings, kind, train, val):
-    """Both splits at the network's size; a low-resolution model reads them at low resolution."""
+    # Data: a low-resolution model reads its images at low resolution.
+    train, val = open_data(settings.data)
     low = settings.downsample if kind == "low" else ""
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, low, flip=True)
-    return training_set, CocoDataset(val, (settings.test_side,), settings.long_side, low)
+    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, low)
 
-
-def run():
-    settings, device, out, saved = open_run()
-    kind = kind_of(settings)
-    train, val = T.open_data(settings.data)
-    training_set, validation_set = open_sets(settings, kind, train, val)
+    # Model and optimizer.
     if saved:
-        model = checkpoint.restore(saved, out / "last.pt").to(device)
-        T.check_classes("the data", train.classes, "the checkpoint", model.config.classes)
+        model = checkpoint.restore(saved, out / "last.pt")
+        check_classes("the data", train.classes, "the checkpoint", model.config.classes)
     else:
-        model = models.build(S.model_config(settings, kind, train.classes)).to(device)
-        official.load_backbone(model.backbone, settings)
-    network = processes.parallel(model)
-    start, log, update = T.begin(model, saved, settings, device, out)
-    autocast = T.autocast_for(device, settings.precision)
-    introduce(settings, model, train, val, device, out)
+        model = models.build(model_config(settings, kind, train.classes))
+        if settings.weights != "none":
+            checkpoint.load_backbone(model, settings.weights)
+    network = processes.parallel(model.to(device))
+    optimizer = build_optimizer(model, settings)
 
-    evaluate = lambda: T.evaluate(model, validation_set, settings, autocast)
-    batches = T.batches(training_set, model.multiple, settings, start, device)
-    progress = Progress(settings, start)
-    interrupt = T.Interrupt(settings, device)
+    open_folder(out, resume)
+    print_header(settings, model, train, val, device, out)
+    run = Run("train.py", out, settings, model, optimizer, validation_set, autocast, saved)
+    batches = train_loader(training_set, model.multiple, settings, run.start, device)
     model.train()
 
-    for iteration in range(start, settings.iters):
+    for iteration in range(run.start, settings.iters):
         batch = next(batches).to(device)
         with autocast:
             _, outputs = network(model.normalize(batch.images, batch.sizes))
         losses = model.losses(outputs, batch.boxes, batch.labels)
-        loss = sum(WEIGHT[name.split("/")[0]] * value for name, value in losses.items())
-        lr = update(iteration, loss, losses)
+        loss = sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
 
-        progress.show(iteration, loss, losses)
-        log.losses(iteration, loss, losses, lr, settings.log_every)
-        done, stop = iteration + 1, interrupt.asked(iteration)
-        if done % settings.eval_every == 0 and done < settings.iters:
-            log.results(done, evaluate())
-        if done % settings.save_every == 0 or done == settings.iters or stop:
-            T.save(out, model, update, done, log)
-        if stop and done < settings.iters:
-            return stopped("train.py", out, done)
-    progress.close()
-    interrupt.release()
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+        numbers = run.read(loss, losses, gradient)
+        check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
+        set_learning_rate(optimizer, settings, iteration)
+        optimizer.step()
 
-    results = evaluate()
-    log.results(settings.iters, results)
-    drawn = curve.draw_run(out, val, pictures.readings(kind, model, sorted(model.branches)), autocast)
+        if run.after(iteration, numbers):
+            return INTERRUPTED
+
+    results = run.finish()
     rows = {f"{kind} @ {branch}": metrics for branch, metrics in results.items()}
-    report(rows, out, settings, drawn, ["distill.py", "--teacher"] if kind == "teacher" else ["evaluate.py", "--ckpt"])
+    columns = pictures.readings(kind, model, sorted(model.branches))
+    run.report(rows, columns, ["distill.py", "--teacher"] if kind == "teacher" else ["evaluate.py", "--ckpt"])
 
 
 if __name__ == "__main__":
-    T.main(run)
+    processes.run_script(main)

@@ -5,17 +5,16 @@
     for found in model.detect([image]):        # RGB float tensors (3,h,w) in 0-1, of any size
         found["boxes"], found["scores"], found["labels"]
 
-Reading order: align (idea 1), teacher (idea 2), distillation (idea 3), then what they stand on: detector, fcos, fpn,
-resnet; then train.py and distill.py, top to bottom.
+Reading order: train.py and distill.py, top to bottom; align, fusion, distillation, the three ideas; models, which puts
+them together; then what it is made of: backbone, heads, fcos, retinanet.
 
 Shapes, everywhere: N images, C channels, R locations (or anchors) over all levels, K classes, M annotated boxes, D
 detections. H and L are the high- and low-resolution input, P2..P7 the levels of the pyramid; boxes are in H's pixels
 until the last step of evaluation puts them into the original image's.
 """
 
-from .annotations import InputError
 from .checkpoint import load
-from .detector import Detector, ModelConfig
-from .teacher import MultiScale, Teacher
+from .files import InputError
+from .models import Conventional, Detector, ModelConfig, Teacher
 
-__all__ = ["Detector", "InputError", "ModelConfig", "MultiScale", "Teacher", "load"]
+__all__ = ["Conventional", "Detector", "InputError", "ModelConfig", "Teacher", "load"]

@@ -47,7 +47,7 @@ def check_pyramids(high, low):
         raise ValueError(f"the pyramids do not align: {shapes[0]} from H or fused, {shapes[1]} from L")
 
 
-def grid(sizes, device=None):
+def cells(sizes, device=None):
     """The cells of aligned levels of `sizes` [(h,w)], row by row, all levels in one list.
 
     Returns the cells' upper left corners (R,2) as x, y in H's pixels, and their strides (R,).

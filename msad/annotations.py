@@ -1,6 +1,6 @@
 """COCO-format annotations -> packed arrays, and every rule for what is wrong in them.
 
-A file that cannot be trusted stops the run with one line (`InputError`); an entry that cannot be used is left out and
+A file that cannot be trusted stops the run with one line (InputError); an entry that cannot be used is left out and
 counted, and the summary names every count. Packed arrays instead of a list of dictionaries keep a worker process small:
 nothing in them has a reference count that would copy shared memory.
 """
@@ -16,9 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line that names it and the mend."""
+from .files import InputError
 
 
 @dataclass
@@ -55,6 +53,15 @@ class Annotations:
         line += f", {len(self.classes)} classes"
         left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(self.skipped.items()))
         return f"{line}; left out: {left_out}" if left_out else line
+
+
+def check_classes(one, found, other, wanted):
+    """Raise InputError, naming the first difference, unless two lists of classes are the same."""
+    if tuple(found) != tuple(wanted):
+        describe = lambda classes: [f"{c['id']} {c['name']}" for c in classes]
+        extra = [c for c in describe(found) if c not in describe(wanted)]
+        missing = [c for c in describe(wanted) if c not in describe(found)]
+        raise InputError(f"{one} and {other} have different classes: {extra[:5]} only here, {missing[:5]} only there")
 
 
 def find(data, split):
@@ -107,26 +114,28 @@ def _pack(content, path, folder):
     names = [image["file_name"] for image in images]
     _check_images(names, image_ids, sizes, path, folder)
 
-    if any(len(a["bbox"]) != 4 for a in annotations):
+    # One array per field, in the order of the file.
+    if any(len(entry["bbox"]) != 4 for entry in annotations):
         raise ValueError("a bbox does not have four numbers")
     numbers = chain.from_iterable(map(itemgetter("bbox"), annotations))
-    box = np.fromiter(numbers, np.float64, 4 * len(annotations)).reshape(-1, 4)
-    category = _column(annotations, "category_id")
-    image_id = _column(annotations, "image_id")
-    crowd = np.fromiter((int(a.get("iscrowd") or 0) for a in annotations), bool, len(annotations))
-    area = np.fromiter((a.get("area", -1) for a in annotations), np.float64, len(annotations))
+    xywh = np.fromiter(numbers, np.float64, 4 * len(annotations)).reshape(-1, 4)
+    crowd = np.fromiter((int(entry.get("iscrowd") or 0) for entry in annotations), bool, len(annotations))
+    area = np.fromiter((entry.get("area", -1) for entry in annotations), np.float64, len(annotations))
+    image, known_image = _positions(_column(annotations, "image_id"), image_ids)
+    class_ids = np.array([c["id"] for c in classes], np.int64)
+    label, known_class = _positions(_column(annotations, "category_id"), class_ids)
 
-    image, known_image = _positions(image_id, image_ids)
-    label, known_class = _positions(category, np.array([c["id"] for c in classes], np.int64))
-    faults = _box_faults(box, sizes, image, known_image, known_class)
-    masks = np.stack([*faults.values(), np.ones(len(box), bool)])
-    first = masks.argmax(0)  # an entry counts under its first fault only; the last row has none
-    skipped = Counter({reason: n for n, reason in zip(np.bincount(first).tolist(), faults) if n})
-    good = first == len(faults)
+    # An entry with faults counts under its first one only: the first row that is true, the last of which always is.
+    faults = _box_faults(xywh, sizes, image, known_image, known_class)
+    first_fault = np.stack([*faults.values(), np.ones(len(xywh), bool)]).argmax(0)
+    counts = np.bincount(first_fault, minlength=len(faults)).tolist()
+    skipped = Counter({reason: count for reason, count in zip(faults, counts) if count})
 
-    order = np.flatnonzero(good)[np.argsort(image[good], kind="stable")]
-    box, area = box[order], area[order]
-    xyxy = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+    # What is left, sorted by image: the boxes of one image become neighbouring rows, in the order of the file.
+    good = np.flatnonzero(first_fault == len(faults))
+    order = good[np.argsort(image[good], kind="stable")]
+    xywh, area = xywh[order], area[order]
+    given = np.isfinite(area) & (area >= 0)
     return Annotations(
         folder=folder,
         classes=classes,
@@ -134,23 +143,23 @@ def _pack(content, path, folder):
         sizes=sizes,
         names=np.array([name.encode() for name in names]),
         starts=np.searchsorted(image[order], np.arange(len(images) + 1)),
-        boxes=xyxy.astype(np.float32),
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32),
         labels=label[order].astype(np.int16),
-        areas=np.where(np.isfinite(area) & (area >= 0), area, box[:, 2] * box[:, 3]).astype(np.float32),
+        areas=np.where(given, area, xywh[:, 2] * xywh[:, 3]).astype(np.float32),
         crowd=crowd[order],
         skipped=skipped,
     )
 
 
-def _box_faults(box, sizes, image, known_image, known_class):
+def _box_faults(xywh, sizes, image, known_image, known_class):
     """Reason -> mask (M,) of the annotations it keeps out."""
-    x, y, w, h = box.T
+    x, y, w, h = xywh.T
     height, width = sizes[np.where(known_image, image, 0)].T
     with np.errstate(invalid="ignore", over="ignore"):
         return {
             "of unknown images": ~known_image,
             "of unknown categories": ~known_class,
-            "boxes not finite": ~(np.abs(box) < 1e9).all(1),
+            "boxes not finite": ~(np.abs(xywh) < 1e9).all(1),
             "boxes without area": (w <= 0) | (h <= 0),
             "boxes outside their image": (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0),
         }

@@ -1,50 +1,92 @@
-"""Models to files and back. A checkpoint is plain tensors, numbers and text, so it loads without running any code.
+"""Models to files and back, whoever wrote them: this program, the paper's authors, trainers of ImageNet backbones.
+
+A checkpoint is plain tensors, numbers and text, so it loads without running any code:
 
     {"msad": 1, "config": the ModelConfig's fields, "model": state dict, "training": what a run needs to go on}
+
+The authors' files (detectron2 0.2.1, PyTorch 1.4) are {"model": state dict, ...} or the bare state dict. They are
+recognised by the names of their tensors:
+
+    T_backbone.bottom_up.features.0.{0,1}             the teacher's stem: convolution, BatchNorm
+    T_backbone.bottom_up.features.{1-16}              the 3+4+6+3 bottleneck blocks of ResNet-50, in each:
+        .body.{0,3,6} .body.{1,4,7} .shortcut.{0,1}   convolutions, BatchNorms, and both where the shape changes
+    T_backbone.fpn_lateral{2-5} .fpn_output{2-5} .top_block.{p6,p7}
+    SE.fc.{0,2}                                       the gate of the fusion
+    T_fcos_head.{cls,bbox}_tower .cls_logits .bbox_pred .ctrness .scales.{0-4}.scale
+    S_backbone.* S_fcos_head.*                        in a student's file, beside all of the above
+
+The backbone is slimmable: convolutions are stored at full width, and a width w uses their first int(w * C) output and
+input channels; BatchNorms are stored once for each of four widths, as bn.{0-3}. The rest was made for one width, which
+the laterals' input channels tell. The slimmable ImageNet file has module.features.* alike, and a classifier.
+
+The authors' networks see BGR from 0 to 255 less the mean, divided by nothing; ours see RGB normalised by mean and std.
+The means agree, so the stem's weights take up the difference exactly, zero padding included. Their detectors start
+from the slimmable ImageNet weights on that same input, so these are read in the same way.
 """
 
-import os
+from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torchvision
+from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
-from . import official, processes
-from .annotations import InputError
-from .detector import ModelConfig
-from .models import build
-from .tensors import blamed, read_tensors
+from . import processes
+from .backbone import LAYERS, WIDTHS, ResNet
+from .files import InputError, blamed, read_tensors, write_tensors
+from .models import STD, ModelConfig, build
 
 FORMAT = 1
+CATEGORIES = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # at their ids, with words for ids not in use
+COCO = tuple({"id": i, "name": name} for i, name in enumerate(CATEGORIES) if name not in ("__background__", "N/A"))
+
+# Names here and the authors': of the layers in a block, and of a detector's parts, where # is T or S.
+BLOCK = {"conv1": "body.0", "bn1": "body.1", "conv2": "body.3", "bn2": "body.4", "conv3": "body.6", "bn3": "body.7"}
+BLOCK |= {"downsample.0": "shortcut.0", "downsample.1": "shortcut.1"}
+PARTS = {
+    "fpn.lateral.": "#_backbone.fpn_lateral",
+    "fpn.output.": "#_backbone.fpn_output",
+    "fpn.p": "#_backbone.top_block.p",
+    "fusion.squeeze.": "SE.fc.0.",
+    "fusion.excite.": "SE.fc.2.",
+    "head.cls_": "#_fcos_head.cls_",
+    "head.box_": "#_fcos_head.bbox_",
+    "head.centerness.": "#_fcos_head.ctrness.",
+}
 
 
 def save(path, model, training=None):
-    """Write a checkpoint. The file is replaced in one step, so a crash or a full disk leaves the previous one whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a checkpoint. Raises InputError; what stood there before is then untouched."""
     content = {"msad": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "training": training}
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); what stood there before is untouched") from None
+    write_tensors(path, content)
+
+
+def load(path, device="cpu", want=None):
+    """The model in a checkpoint or in a file of the authors', ready to `detect`. `want` is as in `read`.
+
+    Of the authors' files it prints how their tensors were used. Raises InputError.
+    """
+    content = read(path, want)
+    return restore(content, path).to(device)
 
 
 def read(path, want=None):
     """A checkpoint's content, with "config" as a ModelConfig. Raises InputError.
 
-    A file of the authors' gives the same, and "summary", a line that accounts for its tensors; of one of their
-    students, which holds its teacher too, `want="teacher"` gives that.
+    A file of the authors' gives the same. One of their students holds its teacher too: `want="teacher"` gives that.
+    With `want`, a model of another kind is refused.
     """
     content = read_tensors(path)
-    if not isinstance(content, dict) or content.get("msad") != FORMAT:
-        return official.translate(content, path, want)
-    with blamed(path):
-        return content | {"config": ModelConfig(**content["config"])}
+    if isinstance(content, dict) and content.get("msad") == FORMAT:
+        with blamed(path):
+            content = content | {"config": ModelConfig(**content["config"])}
+    else:
+        content = from_authors(content, path, want)
+    kind = content["config"].kind
+    if want and kind != want:
+        raise InputError(f"{path}: holds a model of kind {kind}, not a {want}")
+    return content
 
 
 def restore(content, path):
@@ -55,36 +97,157 @@ def restore(content, path):
     return model.eval()
 
 
-def restore_run(training, optimizer, path):
-    """Bring an optimizer to its stored state -> iterations done, length of the log. Raises InputError."""
-    with blamed(path):
-        groups = optimizer.state_dict()["param_groups"]  # these follow from the settings
-        optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
-        names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
-        for p, state in optimizer.state.items():
-            shapes = {name: value.shape for name, value in state.items()}
-            if shapes != {name: () if name == "step" else p.shape for name in names}:
-                raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is {shapes}")
-        done, length = training["done"], training["log"]
-        if not (type(done) is type(length) is int and min(done, length) >= 0):
-            raise ValueError(f"done {done!r}, log {length!r}")
-    return done, length
+def load_backbone(model, weights):
+    """Fill a model's backbone: `weights` is "imagenet" (torchvision's, downloaded by it) or a file.
 
-
-def load(path, device="cpu", want=None):
-    """The model in a checkpoint or in a file of the authors', ready to `detect`. `want` is as in `read`.
-
-    Of the authors' files it prints how their tensors were used. Raises InputError.
+    A file holds torchvision's ImageNet weights, or slimmable ones, of which the model's width is used. Prints a line
+    that accounts for all tensors. Raises InputError.
     """
-    content = read(path, want)
-    if "summary" in content and processes.is_main():
-        print(f"weights   {content['summary']}", flush=True)
-    return restore(content, path).to(device)
+    name, width = model.config.backbone, model.config.width
+    source = f"--weights {weights}"
+    state, origin = state_of(download(name) if weights == "imagenet" else read_tensors(weights), source)
+    if origin == "detector":
+        raise InputError(f"{source}: holds a detector; it is for distill.py --teacher and evaluate.py --ckpt")
+    if origin == "slimmable" and name != "resnet50":
+        raise InputError(f"{source}: holds a slimmable resnet50, not a {name}")
+    if origin == "slimmable":
+        expected = expected_backbone(width)
+    else:
+        expected = {key: Expected(tuple(tensor.shape), key) for key, tensor in model.backbone.state_dict().items()}
+    classifier = {key: tensor for key, tensor in state.items() if key.startswith(("fc.", "classifier."))}
+    expected |= {key: Expected(shape_of(tensor), "", "the classifier") for key, tensor in classifier.items()}
+    used = take(state, expected, f"{source}: {origin} ImageNet weights for {name} of width {width:g}")
+    if origin == "slimmable":
+        used = cut(used, model.backbone, "conv1.weight")
+    model.backbone.load_state_dict(used)
 
 
-def load_teacher(path, device="cpu"):
-    """As `load`, of a file that has to hold a teacher."""
-    model = load(path, device, want="teacher")
-    if model.config.kind != "teacher":
-        raise InputError(f"{path}: holds a model of kind {model.config.kind}, not a teacher")
-    return model
+def download(backbone):
+    """The state dict of torchvision's ImageNet weights. Raises InputError."""
+    try:
+        return torchvision.models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
+    except OSError as error:
+        mend = "give a file (--weights FILE) or start from nothing (--weights none)"
+        raise InputError(f"the ImageNet weights of {backbone} cannot be downloaded ({error}); {mend}") from None
+
+
+def state_of(content, source):
+    """The state dict in a file, without the "module." that DataParallel puts before names, and whose it is."""
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{source}: holds no weights")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for origin, start in {"detector": ("T_backbone.", "S_backbone."), "slimmable": "features.0."}.items():
+        if any(name.startswith(start) for name in state):
+            return state, origin
+    return state, "torchvision"
+
+
+def from_authors(content, source, want=None):
+    """An authors' detector as the content of a checkpoint: a student's file gives the student, or the teacher that is
+    wanted. Raises InputError."""
+    state, origin = state_of(content, source)
+    if origin != "detector":
+        hint = "; its backbone is for train.py --weights FILE --width W" if origin == "slimmable" else ""
+        raise InputError(f"{source}: neither a checkpoint of this program nor a detector of the paper's authors{hint}")
+    lateral = "T_backbone.fpn_lateral2.weight"
+    shape = shape_of(state.get(lateral))
+    width = next((w for w in WIDTHS if shape == (256, 256 * w, 1, 1)), None)
+    if width is None:
+        raise InputError(f"{source}: tensor {lateral} is {shape}, must be (256, 256 * width, 1, 1)")
+    has_student = any(name.startswith("S_") for name in state)
+    role = "student" if has_student and want != "teacher" else "teacher"
+    expected = expected_detector("T", width, "" if role == "teacher" else "the teacher in the same file")
+    if has_student:
+        expected |= expected_detector("S", width, "" if role == "student" else "the student in the same file")
+    used = take(state, expected, f"{source}: the authors' {role}, width {width:g}")
+
+    config = authors_config("low" if role == "student" else "teacher", width)
+    with torch.device("meta"):
+        model = build(config)
+    used["head.scales"] = torch.cat([used.pop(f"head.scales.{level}") for level in range(len(model.head.scales))])
+    return {"config": config, "model": cut(used, model, "backbone.conv1.weight"), "training": None}
+
+
+def authors_config(kind, width):
+    """The authors' detectors, with all that their numbers depend on."""
+    return ModelConfig(kind, COCO, width=width, pad=256, downsample="nearest")
+
+
+class Expected(NamedTuple):
+    """A tensor that a file should hold."""
+
+    shape: tuple
+    ours: str  # its name here
+    dropped: str = ""  # why it is not used, or empty
+
+
+def expected_backbone(width):
+    """{name: Expected} of a slimmable ResNet-50 that is wanted at `width`."""
+    with torch.device("meta"):
+        full = ResNet("resnet50").state_dict()
+    blocks = [f"layer{stage}.{i}" for stage, count in enumerate(LAYERS["resnet50"], start=1) for i in range(count)]
+    layers = {f"{block}.{ours}": f"{n}.{name}" for n, block in enumerate(blocks, 1) for ours, name in BLOCK.items()}
+    layers |= {"conv1": "0.0", "bn1": "0.1"}
+    expected = {}
+    for ours, tensor in full.items():
+        layer, name = ours.rsplit(".", 1)
+        if tensor.dim() == 4:
+            expected[f"features.{layers[layer]}.{name}"] = Expected(tuple(tensor.shape), ours)
+            continue
+        for index, other in enumerate(WIDTHS):
+            shape = tuple(int(other * channels) for channels in tensor.shape)
+            why = "" if other == width else "other widths' BatchNorm"
+            expected[f"features.{layers[layer]}.bn.{index}.{name}"] = Expected(shape, ours, why)
+    return expected
+
+
+def expected_detector(letter, width, unwanted=""):
+    """{name: Expected} of the detector `letter`: T, with the gate, or S. `unwanted` says why none of it is used."""
+    with torch.device("meta"):
+        full = build(authors_config("teacher", width)).state_dict()
+    backbone = expected_backbone(width).items()
+    expected = {f"{letter}_backbone.bottom_up.{name}": e._replace(ours=f"backbone.{e.ours}") for name, e in backbone}
+    for ours, tensor in full.items():
+        for part, theirs in PARTS.items():
+            if ours.startswith(part) and (letter == "T" or "#" in theirs):
+                why = "P7, which a student never reads" if letter == "S" and ours.startswith("fpn.p7.") else ""
+                name = theirs.replace("#", letter) + ours.removeprefix(part)
+                expected[name] = Expected(tuple(tensor.shape), ours, why)
+    for level in range(len(full["head.scales"])):
+        expected[f"{letter}_fcos_head.scales.{level}.scale"] = Expected((1,), f"head.scales.{level}")
+    return {name: e._replace(dropped=unwanted or e.dropped) for name, e in expected.items()}
+
+
+def take(state, expected, what):
+    """{our name: tensor} of what is used of a file; prints a line that accounts for every tensor of `state`.
+
+    Raises InputError with the first tensor that is missing, unknown or of a wrong shape. Only BatchNorm's counters,
+    which nothing reads, may be missing: PyTorch did not always write them.
+    """
+    faults = [f"{n} is missing" for n in expected if n not in state and not n.endswith(".num_batches_tracked")]
+    faults += [f"{n} is unknown" for n in state if n not in expected]
+    shapes = {n: (shape_of(tensor), expected[n].shape) for n, tensor in state.items() if n in expected}
+    faults += [f"{n} is {shape}, must be {wanted}" for n, (shape, wanted) in shapes.items() if shape != wanted]
+    if faults:
+        more = f" ({len(faults) - 1} more do not fit)" if faults[1:] else ""
+        raise InputError(f"{what}: tensor {faults[0]}{more}")
+    used = {expected[n].ours: tensor for n, tensor in state.items() if not expected[n].dropped}
+    dropped = Counter(expected[n].dropped for n in state if expected[n].dropped)
+    if processes.is_main():
+        counts = ", ".join(f"{count} ({why})" for why, count in dropped.items()) or "none"
+        print(f"weights   {what}: {len(used)} tensors used; dropped: {counts}", flush=True)
+    return used
+
+
+def shape_of(value):
+    return tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+
+
+def cut(tensors, model, stem):
+    """The used tensors of a slimmable network -> those of `model`, whose first convolution is named `stem`."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor[tuple(map(slice, shapes[name]))].clone() for name, tensor in tensors.items()}
+    scale = 255 * torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)  # their input is this times ours, flipped
+    tensors[stem] = (tensors[stem].flip(1) * scale).float()
+    return tensors

@@ -8,6 +8,7 @@ at half that size and still gives boxes in high-resolution pixels.
 import random
 import signal
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from .annotations import InputError
+from . import annotations, processes, shapes
+from .files import InputError, writing
+
+
+SHAPES = "data/shapes"  # the drawn set, in the folder a script is called from
 
 
 class Batch(NamedTuple):
@@ -94,6 +99,19 @@ def read_image(path, size=None):
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def open_data(folder, splits=("train", "val")):
+    """The annotations of splits of a COCO-layout folder, or of the drawn shapes if `folder` is empty."""
+    if not folder and processes.is_main() and not Path(SHAPES).exists():
+        print(f"drawing the embedded data set into {SHAPES} ...", flush=True)
+        with writing(SHAPES, "change folder, or give --data"):
+            shapes.prepare(SHAPES)
+    processes.barrier()
+    found = [annotations.read(folder or SHAPES, split) for split in splits]
+    for split, other in zip(splits[1:], found[1:]):
+        annotations.check_classes(f"split {split}", other.classes, f"split {splits[0]}", found[0].classes)
+    return found
+
+
 class CocoDataset(Dataset):
     """Annotated images at the network's size: item (index, seed) -> image, boxes, labels, index.
 
@@ -155,8 +173,9 @@ class TrainBatches:
     """
 
     def __init__(self, annotations, batch, seed, start=0, rank=0, processes=1):
-        before = np.append(0, np.cumsum(~annotations.crowd))  # boxes to train on before each row
-        self.trainable = np.flatnonzero(np.diff(before[annotations.starts]))
+        # Images are trained on if they have a box that is not a crowd's.
+        boxes_before = np.append(0, np.cumsum(~annotations.crowd))  # such boxes before each row
+        self.trainable = np.flatnonzero(np.diff(boxes_before[annotations.starts]))
         self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
         self.batch, self.seed, self.start = batch, seed, start
         self.mine = slice(rank * batch // processes, (rank + 1) * batch // processes)
@@ -164,20 +183,21 @@ class TrainBatches:
             raise InputError(f"{annotations.folder}: no image has a box to learn from")
 
     def __iter__(self):
-        waiting = {True: [], False: []}
-        step = epoch = drawn = 0
+        waiting = {True: [], False: []}  # for the rest of their batch: wide images, and upright ones
+        batches = drawn = epoch = 0
         while True:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.trainable)
             for index in order.tolist():
                 group = waiting[bool(self.wide[index])]
-                group.append((index, f"{self.seed}/{drawn}"))
+                group.append((index, f"{self.seed}/{drawn}"))  # the item's own seed: no two draws are alike
                 drawn += 1
                 if len(group) == self.batch:
-                    if step >= self.start:
+                    # A resumed run draws the batches of before once more, and reads none of them.
+                    if batches >= self.start:
                         yield group[self.mine]
-                    step += 1
+                    batches += 1
                     group.clear()
-            epoch += 1
+            epoch += 1  # what waits goes on into the next epoch
 
 
 def eval_batches(dataset, batch, multiple, rank=0, processes=1):
@@ -186,8 +206,16 @@ def eval_batches(dataset, batch, multiple, rank=0, processes=1):
     for index in range(len(dataset)):
         padded = tuple(-(-side // multiple) for side in dataset.network_size(index))
         groups.setdefault(padded, []).append((index, 0))
-    batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
+    batches = [group[first : first + batch] for group in groups.values() for first in range(0, len(group), batch)]
     return batches[rank::processes]
+
+
+def train_loader(dataset, multiple, settings, start, device):
+    """This process's part of every batch from iteration `start` on, without an end."""
+    order = TrainBatches(
+        dataset.annotations, settings.batch, settings.seed, start, processes.rank(), processes.world_size()
+    )
+    return iter(loader(dataset, order, multiple, settings.workers, device))
 
 
 def loader(dataset, batches, multiple, workers, device):

@@ -1,13 +1,272 @@
-"""The four kinds of detector, by name."""
+"""The detectors: who reads which pyramid of which input, and what every detector can do.
+
+    Detector       one resolution: "high" reads H at P3..P7, "low" reads L at P2..P6; a student is a "low" one
+    Teacher        both, aligned, and the fused pyramid
+    Conventional   both, without the shift and without fusion: what the paper compares with
+
+`branches` are the inputs a model can be read from: "high", "low" or "fused". On the way of a batch to its losses,
+`normalize` makes network input of pictures, `pyramids` makes five maps a branch of it, `predict` runs the head on all
+of them at once, and `losses` compares its outputs with targets that are made once. `detect` is what a user needs.
+"""
+
+import copy
+from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from .detector import Detector
-from .teacher import MultiScale, Teacher
+from . import align
+from .backbone import FPN, ResNet, fold_batchnorm
+from .data import fitted_size, pad_to_multiple, resize
+from .fcos import FCOSHead
+from .files import InputError
+from .fusion import CrossingFusion
+from .heads import SCORE_THRESHOLD
+from .retinanet import RetinaNetHead
 
-KINDS = {"teacher": Teacher, "conventional": MultiScale, "high": Detector, "low": Detector}
+HEADS = {"fcos": FCOSHead, "retinanet": RetinaNetHead}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB from 0 to 1
+SMALLEST = 32 * 32  # pixels of a batch in training: one of C5, which has no variance
+CANDIDATES_PER_LEVEL = 1000
+DETECTIONS_PER_IMAGE = 100
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that is needed to rebuild a model; a checkpoint carries it. Sides are in pixels of H, whatever is read."""
+
+    kind: str  # "teacher", "high", "low" or "conventional"
+    classes: tuple  # of {"id": the data set's category id, "name"}; a label is an index into it
+    head: str = "fcos"
+    backbone: str = "resnet50"
+    width: float = 1.0
+    fpn_channels: int = 256
+    head_channels: int = 256
+    head_convs: int = 4
+    object_scale: float = 1.0  # sizes of objects, as a multiple of COCO's, that the levels are responsible for
+    short_side: int = 800
+    long_side: int = 1333
+    pad: int = 64
+    downsample: str = "area"
+
+
+class Detector(nn.Module):
+    """The detector of one resolution, and the base of the two that read both."""
+
+    def __init__(self, config, branches=None, levels=None):
+        """`branches`, and `levels`, all levels of the pyramid that are ever read, are for models of several branches."""
+        super().__init__()
+        self.config = config
+        self.branches = branches or (config.kind,)
+        self.scale = 2 if self.branches == ("low",) else 1  # H's pixels per pixel of this model's input
+        self.backbone = ResNet(config.backbone, config.width)
+        levels = levels or align.levels(align.SHIFTS[config.kind])
+        self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels)
+        self.head = HEADS[config.head](
+            config.fpn_channels, len(config.classes), config.head_channels, config.head_convs, config.object_scale
+        )
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def normalize(self, images, sizes):
+        """Padded RGB images (N,3,H,W), uint8 or float in 0-1, and their sizes [(h,w)] -> network input.
+
+        The padding becomes 0, the mean colour.
+        """
+        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = (x - self.mean) / self.std
+        for image, (height, width) in zip(x, sizes):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, images):
+        """Normalised images (N,3,h,w) -> ({branch: five maps}, {branch: the head's outputs})."""
+        pyramids = self.pyramids(images)
+        return pyramids, self.predict(pyramids)
+
+    def pyramids(self, images, branches=None):
+        """Normalised images, at the only resolution this model sees -> {branch: five maps}."""
+        (branch,) = self.branches
+        return {branch: self.pyramid(images, align.SHIFTS[branch])}
+
+    def pyramid(self, images, shift):
+        """Normalised images (N,3,h,w) -> five maps, at P3..P7 (shift 0) or P2..P6 (shift 1)."""
+        if self.training and images[:, 0].numel() <= SMALLEST:
+            size = "x".join(map(str, images.shape[2:]))
+            raise InputError(f"one image of {size} is too little for BatchNorm; raise --batch or --short-sides")
+        return self.fpn(self.backbone(images), align.levels(shift))
+
+    def predict(self, pyramids):
+        """{branch: five maps} -> {branch: outputs}, by one head call over all branches joined along the batch."""
+        joined = self.head([torch.cat(maps) for maps in zip(*pyramids.values())])
+        parts = {k: v.chunk(len(pyramids)) if torch.is_tensor(v) else [v] * len(pyramids) for k, v in joined.items()}
+        return {branch: {k: v[i] for k, v in parts.items()} for i, branch in enumerate(pyramids)}
+
+    def losses(self, outputs, boxes, labels):
+        """{branch: outputs}, boxes [(M,4)] in H's pixels, labels [(M,)] -> {branch: {part: scalar}}.
+
+        Aligned branches share their targets, so these are made once.
+        """
+        sizes = next(iter(outputs.values()))["sizes"]
+        targets = self.head.assign(sizes, boxes, labels)
+        return {branch: self.head.losses(output, targets) for branch, output in outputs.items()}
+
+    @torch.inference_mode()
+    def detect(self, images, branch=None, resize=True):
+        """Find objects in RGB images [(3,h,w)], float in 0-1, of any sizes.
+
+        `branch` is one of `branches` (default: the first). With `resize` the images are brought to the size the model
+        was made for; without, they are the network's input, for a low-resolution model already at low resolution.
+        Returns one dict per image: `boxes` (D,4) in that image's own pixels, `scores` (D,), best first, `labels` (D,).
+        Images are batched by their padded size, so the company an image is in never changes its result.
+        """
+        branch = branch or self.branches[0]
+        if branch not in self.branches:
+            raise ValueError(f"a model of kind {self.config.kind} has no branch {branch!r}, only {self.branches}")
+        inputs = [self.resized(image) if resize else image for image in images]
+        groups = {}
+        for index, image in enumerate(inputs):
+            groups.setdefault(self.padded_size(image.shape[-2:]), []).append(index)
+        results = [None] * len(images)
+        for members in groups.values():
+            batch = pad_to_multiple([inputs[i] for i in members], self.multiple)
+            sizes = [tuple(inputs[i].shape[-2:]) for i in members]
+            originals = [tuple(images[i].shape[-2:]) for i in members]
+            found = self.detect_batch(batch.to(self.mean.device), sizes, originals, [branch])
+            for index, detections in zip(members, found[branch]):
+                results[index] = detections
+        return results
+
+    @torch.inference_mode()
+    def detect_batch(self, images, sizes, originals, branches):
+        """A padded batch (N,3,H,W) at the network's size -> {branch: one dict per image}, boxes in `originals`' pixels.
+
+        `sizes` and `originals` are [(height, width)] of the images within the batch and of their files.
+        """
+        if self.training:
+            raise RuntimeError("detect needs the model in eval mode: call model.eval() first")
+        outputs = self.predict(self.pyramids(self.normalize(images, sizes), branches))
+        return {branch: self.postprocess(outputs[branch], branch, sizes, originals) for branch in branches}
+
+    def postprocess(self, outputs, branch, sizes, originals):
+        """One branch's outputs -> one dict of detections per image, as in `detect_batch`."""
+        tensors = {name: value for name, value in outputs.items() if torch.is_tensor(value)}
+        locations_per_level = [height * width * self.head.anchors for height, width in outputs["sizes"]]
+        results = []
+        for number, (size, original) in enumerate(zip(sizes, originals)):
+            # Most locations have nothing: only those whose best class is above the threshold are decoded.
+            likely = tensors["logits"][number].amax(-1).sigmoid() > SCORE_THRESHOLD
+            own = outputs | {name: value[number, likely] for name, value in tensors.items()}
+            boxes, scores = self.head.decode(own, likely)
+            # Of each level the best candidates, which are pairs of a location and a class.
+            counts = [int(level.sum()) for level in likely.split(locations_per_level)]
+            candidates = [best_candidates(b, s) for b, s in zip(boxes.split(counts), scores.split(counts))]
+            boxes, scores, labels = (torch.cat(levels) for levels in zip(*candidates))
+            # Non-maximum suppression within each class. batched_nms moves the classes apart by offsets, which works
+            # only where no coordinate is negative.
+            lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
+            keep = batched_nms(boxes - lowest, scores, labels, self.head.nms_threshold)[:DETECTIONS_PER_IMAGE]
+            # From the branch's frame to the original image's.
+            height, width = (side * self.frame_scale(branch) for side in size)
+            boxes = clip_boxes_to_image(boxes[keep], (height, width))
+            boxes = boxes * boxes.new_tensor([original[1] / width, original[0] / height] * 2)
+            visible = (boxes[:, 2:] > boxes[:, :2]).all(1)
+            keep = keep[visible]
+            results.append({"boxes": boxes[visible], "scores": scores[keep], "labels": labels[keep]})
+        return results
+
+    def frame_scale(self, branch):
+        """Pixels of the frame that a branch's boxes are in (H's) per pixel of the network's input."""
+        return self.scale
+
+    def folded(self):
+        """A copy for inference, in eval mode, with BatchNorm folded into the convolutions: equal numbers, less work."""
+        model = copy.deepcopy(self).eval()
+        fold_batchnorm(model.backbone)
+        return model.eval().to(memory_format=torch.channels_last)
+
+    @property
+    def low_input(self):
+        """How images are made small for a model that sees low resolution only, or "" for one that does not."""
+        return self.config.downsample if self.scale == 2 else ""
+
+    @property
+    def multiple(self):
+        """The multiple to which the sides of this model's input are padded."""
+        return self.config.pad // self.scale
+
+    def padded_size(self, size):
+        return tuple(-(-side // self.multiple) * self.multiple for side in size)
+
+    def resized(self, image):
+        """An image (3,h,w) at the size this model tests at."""
+        size = fitted_size(*image.shape[-2:], self.config.short_side, self.config.long_side)
+        return resize(image, size, self.low_input)
+
+
+class Teacher(Detector):
+    """The multi-scale aligned teacher. H and L of one image run through the same backbone, pyramid and head: no
+    parameter knows the resolution. It predicts from the fused pyramid, its first branch."""
+
+    def __init__(self, config):
+        super().__init__(config, branches=("fused", "high", "low"), levels=range(2, 8))
+        self.fusion = CrossingFusion(config.fpn_channels)
+
+    def pyramids(self, images, branches=("fused", "high", "low")):
+        """Normalised high-resolution images -> {branch: five maps}; only what the wanted branches need is computed."""
+        pyramids = {}
+        if set(branches) & {"high", "fused"}:
+            pyramids["high"] = self.pyramid(images, align.SHIFTS["high"])
+        if set(branches) & {"low", "fused"}:
+            low = align.downsample(images, self.config.downsample)
+            pyramids["low"] = self.pyramid(low, align.SHIFTS["low"])
+        if "fused" in branches:
+            pyramids["fused"] = self.fusion(pyramids["high"], pyramids["low"])
+        return {branch: pyramids[branch] for branch in branches}
+
+
+class Conventional(Detector):
+    """Conventional multi-scale training: high and low both read at P3..P7, each in its own pixels, no fusion."""
+
+    def __init__(self, config):
+        super().__init__(config, branches=("high", "low"), levels=align.levels(shift=0))
+
+    def pyramids(self, images, branches=("high", "low")):
+        """As a Teacher's, but L is not shifted."""
+        inputs = {"high": images}
+        if "low" in branches:
+            inputs["low"] = align.downsample(images, self.config.downsample)
+        return {branch: self.pyramid(inputs[branch], shift=0) for branch in branches}
+
+    def predict(self, pyramids):
+        """The maps differ in size, so the head is called for each branch."""
+        return {branch: self.head(maps) for branch, maps in pyramids.items()}
+
+    def losses(self, outputs, boxes, labels):
+        """As in Detector, but each branch has targets of its own: the low one's are in L's pixels."""
+        high = super().losses({"high": outputs["high"]}, boxes, labels)
+        return high | super().losses({"low": outputs["low"]}, [b / 2 for b in boxes], labels)
+
+    def frame_scale(self, branch):
+        """L's boxes are in L's pixels, of which the network's input, H, has two."""
+        return 0.5 if branch == "low" else 1
+
+
+KINDS = {"teacher": Teacher, "conventional": Conventional, "high": Detector, "low": Detector}
 
 
 def build(config):
     """A new model of a ModelConfig's kind, in channels_last layout."""
     return KINDS[config.kind](config).to(memory_format=torch.channels_last)
+
+
+def best_candidates(boxes, scores):
+    """A level's boxes (S,4) and scores (S,K), 0 where out of the question -> the best as boxes, scores, labels."""
+    location, label = scores.nonzero(as_tuple=True)
+    score = scores[location, label]
+    if len(score) > CANDIDATES_PER_LEVEL:
+        score, best = score.topk(CANDIDATES_PER_LEVEL)
+        location, label = location[best], label[best]
+    return boxes[location], score, label

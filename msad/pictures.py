@@ -1,4 +1,4 @@
-"""Pictures of what a model finds, drawn with Pillow.
+"""Pictures of what a model finds, and the curve of a run, drawn with Pillow.
 
 A panel is one image with one set of boxes, under its label; a strip is all panels of an image side by side; a sheet is
 strips of several images. Everything is drawn after the image was brought to the panel's size, so lines stay thin and
@@ -6,22 +6,27 @@ text stays readable however small or large the file is.
 """
 
 import colorsys
-import contextlib
+import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from .annotations import InputError
+from . import processes
 from .data import read_image
+from .files import InputError, writing
 
 THRESHOLD = 0.4  # score below which nothing is drawn
-TAGS = 100  # of a panel: of thousands none could be read
+TAGS = 100  # of a panel, for the best
 SIDE = 512  # pixels of a panel's long side beside others
-INK, PAPER, RIM = (40, 40, 40), (255, 255, 255), (0, 0, 0, 110)
+INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), (225, 225, 225)
 
 
 def readings(name, model, branches):
@@ -70,7 +75,7 @@ def sheet(annotations, columns, autocast, count=6):
     panels = 1 + len(columns)
     indices = spread(annotations, count)
     strips = [compare(annotations, i, columns, autocast, side=320, per_row=panels) for i in indices]
-    return grid(strips, max(1, 4 // panels), gap=0)
+    return tile(strips, max(1, 4 // panels), gap=0)
 
 
 def strip(image, found, classes, threshold=THRESHOLD, side=SIDE, per_row=3):
@@ -82,12 +87,12 @@ def strip(image, found, classes, threshold=THRESHOLD, side=SIDE, per_row=3):
         side = max(side, min(2 * SIDE, max(image.shape[1:])))
     rows = math.ceil(len(found) / per_row)
     panels = [panel(image, detections, classes, label, threshold, side) for label, detections in found.items()]
-    return grid(panels, math.ceil(len(found) / rows))
+    return tile(panels, math.ceil(len(found) / rows))
 
 
-def grid(pictures, columns, gap=16):
+def tile(pictures, columns, gap=16):
     """Pictures in rows, on white."""
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    rows = [pictures[first : first + columns] for first in range(0, len(pictures), columns)]
     width = max(sum(picture.width + gap for picture in row) for row in rows)
     heights = [max(picture.height for picture in row) for row in rows]
     canvas = Image.new("RGB", (width + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
@@ -103,57 +108,26 @@ def grid(pictures, columns, gap=16):
 
 def panel(image, found, classes, label, threshold=THRESHOLD, side=SIDE):
     """An image (3,h,w) uint8, its long side brought to `side`, with detections, under a label."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture = to_pil_image(image)
     scale = side / max(picture.size)
     picture = picture.resize([max(1, round(scale * s)) for s in picture.size], Image.Resampling.LANCZOS)
-    font = ImageFont.load_default(min(16, 8 + side // 60))
     scores = found.get("scores")
     drawn = [i for i in range(len(found["boxes"])) if scores is None or scores[i] >= threshold]
-    boxes = [[round(scale * float(v)) for v in found["boxes"][i]] for i in drawn]
-    labels = [int(found["labels"][i]) for i in drawn]
-    names = [classes[k]["name"] + ("" if scores is None else f" {scores[i]:.2f}") for i, k in zip(drawn, labels)]
-    _draw_boxes(ImageDraw.Draw(picture, "RGBA"), boxes, names, [color(k) for k in labels], font, picture.size)
+    if drawn:
+        drawn.reverse()  # the best come last, on top
+        boxes = torch.as_tensor(found["boxes"])[drawn].cpu() * scale
+        names = [classes[found["labels"][i]]["name"] + ("" if scores is None else f" {scores[i]:.2f}") for i in drawn]
+        names[:-TAGS] = [None] * len(names[:-TAGS])  # of thousands none could be read
+        hues = [color(int(found["labels"][i])) for i in drawn]
+        pixels = draw_bounding_boxes(pil_to_tensor(picture), boxes, names, hues, width=2, fill_labels=True)
+        picture = to_pil_image(pixels)
 
+    font = ImageFont.load_default(min(16, 8 + side // 60))
     head = round(1.6 * font.size)
     canvas = Image.new("RGB", (picture.width, picture.height + head), PAPER)
     canvas.paste(picture, (0, head))
     ImageDraw.Draw(canvas).text((0, 0.4 * head), label, INK, font, anchor="lm")
     return canvas
-
-
-def _draw_boxes(pen, boxes, names, colors, font, frame):
-    """Thin boxes with a dark rim, then a tag where it hides the least for the first ones, which choose in turn."""
-    for (x1, y1, x2, y2), fill in zip(reversed(boxes), reversed(colors)):
-        x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)  # Pillow's last pixel is inside
-        pen.rectangle([x1 - 1, y1 - 1, x2 + 1, y2 + 1], outline=RIM, width=4)
-        pen.rectangle([x1, y1, x2, y2], outline=fill, width=2)
-    taken = []
-    for box, name, fill in list(zip(boxes, names, colors))[:TAGS]:
-        size = math.ceil(font.getlength(name)) + 8, round(1.3 * font.size)
-        tag = _place(size, box, taken, boxes, frame)
-        if tag:
-            taken.append(tag)
-            pen.rectangle([tag[0], tag[1], tag[2] - 1, tag[3] - 1], fill)
-            bright = 0.3 * fill[0] + 0.59 * fill[1] + 0.11 * fill[2] > 140
-            middle = (tag[0] + 4, (tag[1] + tag[3]) / 2)
-            pen.text(middle, name, (0, 0, 0) if bright else PAPER, font, anchor="lm")
-
-
-def _place(size, box, taken, boxes, frame):
-    """A tag's rectangle at the edge of its box, off other tags and as far as can be off boxes; None if no place is."""
-    (w, h), (x1, y1, x2, y2) = size, box
-    spots = [(x, y) for y in (y1 - h, y2, y1, y2 - h) for x in (x1, x2 - w, (x1 + x2 - w) // 2)]
-    spots += [(x, y) for y in (y1, y2 - h, (y1 + y2 - h) // 2) for x in (x2, x1 - w)]
-    spots = [(max(0, min(x, frame[0] - w)), max(0, min(y, frame[1] - h))) for x, y in spots]
-    tags = [(x, y, x + w, y + h) for x, y in spots]
-    best = min(tags, key=lambda tag: (_overlap(tag, taken), _overlap(tag, boxes)))
-    return None if _overlap(best, taken) else best
-
-
-def _overlap(tag, others):
-    """The area that a rectangle shares with others, in all."""
-    x1, y1, x2, y2 = tag
-    return sum(max(0, min(x2, d) - max(x1, b)) * max(0, min(y2, e) - max(y1, c)) for b, c, d, e in others)
 
 
 def color(index):
@@ -194,14 +168,74 @@ def read_all(source):
 def save(picture, out, number, file):
     """Write a picture of `file`, the one of that number in its set, into the folder `out`."""
     path = Path(out) / f"{number:04d}_{file.stem}.jpg"
-    with writing("--out", path):
+    with writing(path, "choose another --out"):
         picture.save(path, quality=92, subsampling=0)
 
 
-@contextlib.contextmanager
-def writing(flag, path):
-    """Turn a failure to write what a flag asked for into one line, an InputError."""
+def draw_run(out, annotations, columns, autocast):
+    """Write OUT/curve.png and OUT/sheet.jpg -> a line that names them. No run fails for a picture's sake.
+
+    `columns` are what is drawn beside the ground truth, as from `readings`.
+    """
     try:
-        yield
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror or error})") from None
+        curve(out / "log.jsonl").save(out / "curve.png")
+        sheet(annotations, columns, autocast).save(out / "sheet.jpg", quality=92, subsampling=0)
+    except Exception as error:  # whatever it is, the checkpoint is written and the results are known
+        return f"pictures could not be drawn ({type(error).__name__}: {error})"
+    return f"pictures {out / 'curve.png'}, {out / 'sheet.jpg'}"
+
+
+def curve(log):
+    """A run's log.jsonl -> a picture: its losses, and AP where it was evaluated, over the iterations."""
+    losses, scores = {}, {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        if "branch" in entry:
+            scores.setdefault(entry["branch"], []).append((entry["done"], 100 * max(0, entry["AP"])))
+            continue
+        parts = Counter()  # the parts of a branch's loss, "high/cls" and others, are summed up
+        for name, value in entry.items():
+            if name not in ("iteration", "lr"):
+                parts[name.split("/")[0]] += value
+        for name, value in parts.items():
+            losses.setdefault(name, []).append((entry["iteration"], value))
+    right = max([1] + [x for line in (losses | scores).values() for x, _ in line])
+    order = list(dict.fromkeys(["fused", "high", "low", *losses, *scores]))
+    hues = {name: INK if name == "loss" else color(order.index(name)) for name in order}
+    return tile([chart(losses, hues, "loss over iterations", right), chart(scores, hues, "AP over iterations", right)], 1)
+
+
+def chart(lines, hues, title, right, size=(1000, 380)):
+    """Lines {name: [(x, y)]} from 0 to `right` and from 0 up, with axes and names."""
+    fine = 3  # drawn larger, then reduced, which smooths the lines
+    font, (width, height) = ImageFont.load_default(15 * fine), (side * fine for side in size)
+    canvas = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    x0, y0, x1, y1 = 60 * fine, 40 * fine, width - 24 * fine, height - 30 * fine
+    values = sorted(y for line in lines.values() for _, y in line)
+    top = 1.08 * values[-1 - len(values) // 100] if values and values[-1] > 0 else 1  # a few outliers are cut off
+    at = lambda x, y: (x0 + (x1 - x0) * x / right, max(y0, y1 - (y1 - y0) * y / top))
+    for y in ticks(top):
+        pen.line([at(0, y), at(right, y)], GREY, fine)
+        pen.text((x0 - 8 * fine, at(0, y)[1]), f"{y:g}", INK, font, anchor="rm")
+    for x in ticks(right):
+        pen.text((at(x, 0)[0], y1 + 9 * fine), f"{x:g}", INK, font, anchor="mt")
+    pen.text((x0, y0 / 2), title, INK, font, anchor="lm")
+    x = x1
+    for name, line in reversed(lines.items()):
+        pen.line([at(*point) for point in line], hues[name], 2 * fine, joint="curve")
+        if len(line) == 1:
+            (x2, y2) = at(*line[0])
+            pen.ellipse([x2 - 4 * fine, y2 - 4 * fine, x2 + 4 * fine, y2 + 4 * fine], hues[name])
+        text = f"{name} {line[-1][1]:.1f}"
+        x -= font.getlength(text)
+        pen.text((x, y0 / 2), text, hues[name], font, anchor="lm")
+        x -= 24 * fine
+    return canvas.resize(size, Image.Resampling.LANCZOS)
+
+
+def ticks(top):
+    """0 and up to ten round numbers more, the last at most `top`."""
+    step = 10 ** math.floor(math.log10(top))
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if top / s <= 8)
+    return [round(i * step, 10) for i in range(math.floor(top / step) + 1)]

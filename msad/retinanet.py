@@ -1,29 +1,26 @@
 """The RetinaNet head: the same four methods as FCOS's, with anchors (RetinaNet, ICCV 2017).
 
-forward   five maps -> logits, boxes, levels concatenated here and nowhere else
+forward   five maps -> logits, deltas, levels concatenated here and nowhere else
 assign    boxes -> one target per anchor, once per batch, whichever branch is trained
 losses    outputs and targets -> named scalars
 decode    outputs at some of the anchors -> boxes and scores in H's pixels
 
-Constants are the field's usual ones, with smooth-L1 at beta 0.1 as box loss. Layer by layer, the layout of anchors and
-channels is torchvision's, but its anchors are rounded to whole pixels, and these are not.
+Constants are the field's usual ones. The layout of anchors and channels is torchvision's, but its anchors are rounded
+to whole pixels, and these are not.
 Shapes: N images, R anchors over all levels (9 side by side per cell), K classes, M boxes, C channels.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_iou
 
-from . import align
-from .dense import SCORE_THRESHOLD, flatten_cells, focal_loss, initialize_outputs, positives, tower
+from . import align, heads
 
 SIZES = tuple(4 * 2 ** (third / 3) for third in range(3))  # sides of a square anchor in strides: 32 pixels at stride 8
 RATIOS = (0.5, 1.0, 2.0)  # height / width, at the same area
 POSITIVE_IOU, BACKGROUND_IOU = 0.5, 0.4
-LARGEST_LOG_RATIO = math.log(1000 / 16)  # of a decoded side to its anchor's: no exponential overflows
+BETA = 0.1  # of the smooth L1: where it turns from square to linear
 BOXES_AT_ONCE = 32  # in one step of the assignment, to bound its memory
 
 
@@ -37,34 +34,35 @@ class RetinaNetHead(nn.Module):
     def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
         super().__init__()
         self.classes = classes
-        self.cls_tower = tower(in_channels, channels, convs, norm=False)
-        self.box_tower = tower(in_channels, channels, convs, norm=False)
+        self.cls_tower = heads.tower(in_channels, channels, convs, norm=False)
+        self.box_tower = heads.tower(in_channels, channels, convs, norm=False)
         self.cls_logits = nn.Conv2d(channels, self.anchors * classes, 3, padding=1)
         self.box_pred = nn.Conv2d(channels, self.anchors * 4, 3, padding=1)
-        initialize_outputs(self.cls_logits, self.box_pred)
+        heads.initialize_outputs(self.cls_logits, self.box_pred)
         sides = [(size / ratio**0.5, size * ratio**0.5) for ratio in RATIOS for size in SIZES]
         # A cell's anchors (9,2) as width, height in strides. A buffer, to be on the model's device without a copy.
         self.register_buffer("sides", object_scale * torch.tensor(sides), persistent=False)
 
     def forward(self, pyramid):
-        """Five (N,C,h,w) -> logits (N,R,K), boxes (N,R,4) as deltas from the anchors, sizes."""
-        logits = [flatten_cells(self.cls_logits(self.cls_tower(x)), self.classes) for x in pyramid]
-        boxes = [flatten_cells(self.box_pred(self.box_tower(x)), 4) for x in pyramid]
+        """Five maps (N,C,h,w) -> a dict: `logits` (N,R,K), `deltas` (N,R,4) from the anchors, `sizes` [(h,w)]."""
+        logits = [heads.flatten_cells(self.cls_logits(self.cls_tower(x)), self.classes) for x in pyramid]
+        deltas = [heads.flatten_cells(self.box_pred(self.box_tower(x)), 4) for x in pyramid]
         return {
             "logits": torch.cat(logits, 1).float(),
-            "boxes": torch.cat(boxes, 1).float(),
+            "deltas": torch.cat(deltas, 1).float(),
             "sizes": [tuple(x.shape[-2:]) for x in pyramid],
         }
 
     @torch.no_grad()
     def assign(self, sizes, boxes, labels):
-        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> labels (N,R), K for background and -1 for ignored, and
-        boxes (N,R,4) as deltas from the anchors (0 where not positive, so that every loss there stays finite)."""
+        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> a dict: `labels` (N,R), K for background and -1 for ignored,
+        and `deltas` (N,R,4) from the anchors (0 where not positive, so that every loss there stays finite)."""
         anchors = self.anchor_boxes(sizes)
-        pairs = [self._assign_image(anchors, b, l) for b, l in zip(boxes, labels)]
-        return {"labels": torch.stack([l for l, _ in pairs]), "boxes": torch.stack([b for _, b in pairs])}
+        pairs = [self.assign_image(anchors, b, l) for b, l in zip(boxes, labels)]
+        return {"labels": torch.stack([l for l, _ in pairs]), "deltas": torch.stack([d for _, d in pairs])}
 
-    def _assign_image(self, anchors, boxes, labels):
+    def assign_image(self, anchors, boxes, labels):
+        """One image's labels (R,) and deltas (R,4)."""
         if len(boxes) == 0:
             return anchors.new_full((len(anchors),), self.classes, dtype=torch.long), torch.zeros_like(anchors)
         iou, index, best = match(anchors, boxes)
@@ -73,24 +71,24 @@ class RetinaNetHead(nn.Module):
         # Too much overlap for background, too little for an object: ignored.
         other = torch.where(iou < BACKGROUND_IOU, self.classes, -1)
         chosen = torch.where(positive[:, None], boxes[index], anchors)
-        return torch.where(positive, labels[index], other), boxes_to_deltas(anchors, chosen)
+        return torch.where(positive, labels[index], other), heads.boxes_to_deltas(anchors, chosen)
 
     def losses(self, outputs, targets):
         """-> {"cls", "box"}: scalars; the normaliser is a mean over processes."""
         labels = targets["labels"]
-        positive, count = positives(labels, self.classes)
-        box = F.smooth_l1_loss(outputs["boxes"], targets["boxes"], beta=0.1, reduction="none").sum(-1) * positive
-        return {"cls": focal_loss(outputs["logits"], labels) / count, "box": box.sum() / count}
+        positive, count = heads.find_positives(labels, self.classes)
+        box = F.smooth_l1_loss(outputs["deltas"], targets["deltas"], beta=BETA, reduction="none").sum(-1) * positive
+        return {"cls": heads.focal_loss(outputs["logits"], labels) / count, "box": box.sum() / count}
 
     def decode(self, outputs, where):
         """Outputs (...,S,*) at the S anchors that the mask `where` (R,) marks -> boxes (...,S,4) in H's pixels and
         scores (...,S,K), zero where the class is below the threshold."""
-        boxes = deltas_to_boxes(self.anchor_boxes(outputs["sizes"])[where], outputs["boxes"])
-        return boxes, F.threshold_(outputs["logits"].sigmoid(), SCORE_THRESHOLD, 0.0)
+        boxes = heads.deltas_to_boxes(self.anchor_boxes(outputs["sizes"])[where], outputs["deltas"])
+        return boxes, F.threshold_(outputs["logits"].sigmoid(), heads.SCORE_THRESHOLD, 0.0)
 
     def anchor_boxes(self, sizes):
         """All anchors (R,4) in H's pixels, around the upper left corners of the cells."""
-        corners, strides = align.grid(sizes, self.sides.device)
+        corners, strides = align.cells(sizes, self.sides.device)
         half = self.sides * strides[:, None, None] / 2
         return torch.cat([corners[:, None] - half, corners[:, None] + half], dim=-1).flatten(0, 1)
 
@@ -108,19 +106,3 @@ def match(anchors, boxes):
         iou = torch.maximum(overlap, iou)
         best |= ((overlaps == overlaps.amax(1, keepdim=True)) & (overlaps > 0)).any(0)
     return iou, index, best
-
-
-def boxes_to_deltas(anchors, boxes):
-    """Anchors and boxes (...,4) -> deltas (...,4): the centre's offset in the anchor's sides, and the log of the ratio
-    of the sides."""
-    center, sides = box_convert(boxes, "xyxy", "cxcywh").split(2, -1)
-    anchor_center, anchor_sides = box_convert(anchors, "xyxy", "cxcywh").split(2, -1)
-    return torch.cat([(center - anchor_center) / anchor_sides, (sides / anchor_sides).log()], dim=-1)
-
-
-def deltas_to_boxes(anchors, deltas):
-    """The other way round: anchors and deltas (...,4) -> boxes (...,4)."""
-    anchor_center, anchor_sides = box_convert(anchors, "xyxy", "cxcywh").split(2, -1)
-    center = anchor_center + deltas[..., :2] * anchor_sides
-    sides = anchor_sides * deltas[..., 2:].clamp(max=LARGEST_LOG_RATIO).exp()
-    return box_convert(torch.cat([center, sides], dim=-1), "cxcywh", "xyxy")

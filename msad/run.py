@@ -1,0 +1,270 @@
+"""What surrounds the step of both training scripts: the folder of a run, its header and log, evaluation and checkpoints
+when due, Ctrl-C, resuming, the last lines. The step itself stands in the scripts.
+
+Whatever depends on the iteration takes it as an argument, so a resumed run needs no more than the weights, the
+optimizer's state and a number.
+"""
+
+import json
+import math
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import checkpoint, evaluation, pictures, processes
+from .files import InputError, blamed, writing
+
+INTERRUPTED = 130  # the exit code of a run that was stopped
+
+
+def find_checkpoint(out, resume):
+    """The content of OUT/last.pt if a run goes on from it, else None."""
+    path = Path(out) / "last.pt"
+    return checkpoint.read(path) if resume and path.exists() else None
+
+
+def start(settings):
+    """Join the other processes, seed everything, settle the precision -> this process's device."""
+    if settings.batch < processes.world_size():
+        raise InputError(f"--batch {settings.batch}: smaller than the number of processes, {processes.world_size()}")
+    device = processes.start(settings.device)
+    torch.manual_seed(settings.seed)
+    settings.precision = settings.precision or processes.native_precision(device)
+    return device
+
+
+def open_folder(out, resume):
+    """Make the folder of a run. A fresh run moves an earlier one's files aside instead of writing over them."""
+    if processes.is_main():
+        with writing(out, "choose another --out"):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / ".writable").touch()
+            (out / ".writable").unlink()
+        if not resume:
+            keep_earlier(out)
+        elif not (out / "last.pt").exists():
+            print(f"{out} holds no checkpoint yet: starting from the beginning")
+    processes.barrier()
+
+
+def keep_earlier(out):
+    """Give the files of an earlier run a number of their own."""
+    files = [out / name for name in ("last.pt", "log.jsonl", "curve.png", "sheet.jpg") if (out / name).exists()]
+    if files:
+        number = 1
+        while any(path.with_stem(f"{path.stem}.{number}").exists() for path in files):
+            number += 1
+        for path in files:
+            os.replace(path, path.with_stem(f"{path.stem}.{number}"))
+        print(f"the earlier run in {out} was kept: {', '.join(f'{p.stem}.{number}{p.suffix}' for p in files)}")
+
+
+def print_header(settings, model, train, val, device, out):
+    """The first lines of a run: data, model, schedule, device, folder."""
+    if not processes.is_main():
+        return
+    config = model.config
+    head = f"{config.head} {config.head_convs}x{config.head_channels}"
+    side = -(-config.short_side // config.pad) * config.pad
+    cost = evaluation.count_cost(model, model.branches[0], side, side)
+    print(f"train     {train.summary()}")
+    print(f"val       {val.summary()}")
+    print(f"model     {config.kind}: {config.backbone} x{config.width:g}, FPN {config.fpn_channels}, {head}")
+    print(f"cost      {evaluation.cost_line(model.branches[0], cost)}")
+    print(
+        f"schedule  {settings.recipe} recipe: {settings.iters} iterations of {settings.batch} images, "
+        f"{settings.optimizer}, lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up, "
+        f"seed {settings.seed}"
+    )
+    threads = f"{processes.world_size()} process(es) of {torch.get_num_threads()} threads"
+    print(f"device    {device}, {settings.precision}, {threads}")
+    print(f"folder    {out}", flush=True)
+
+
+def print_table(rows):
+    """{row: metrics}, by the main process."""
+    if processes.is_main():
+        print(evaluation.table(rows), flush=True)
+
+
+def build_optimizer(model, settings):
+    """SGD or AdamW over all parameters; normalisation layers have no weight decay."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    plain = [p for m in model.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)]
+    listed = {id(p) for p in plain}
+    decayed = [p for p in model.parameters() if id(p) not in listed]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+
+
+def learning_rate(settings, iteration):
+    """Linear warm-up, then steps at 2/3 and 8/9 of the run, or a cosine to 0."""
+    warm = min(1.0, 0.001 + 0.999 * iteration / settings.warmup) if settings.warmup else 1.0
+    done = iteration / settings.iters
+    if settings.schedule == "cosine":
+        return settings.lr * warm * (1 + math.cos(math.pi * done)) / 2
+    return settings.lr * warm * 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
+
+
+def set_learning_rate(optimizer, settings, iteration):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(settings, iteration)
+
+
+def check_finite(iteration, numbers):
+    """Raise InputError, with every part of the loss, unless all {name: number} of an iteration are finite."""
+    if not all(map(math.isfinite, numbers.values())):
+        parts = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+        raise InputError(
+            f"iteration {iteration}: the loss or its gradient is not finite ({parts}); "
+            "the last checkpoint is good: start again with a lower --lr"
+        )
+
+
+class Run:
+    """A training run in the folder `out`, from iteration `start` on."""
+
+    def __init__(self, script, out, settings, model, optimizer, validation_set, autocast, saved=None, **kept):
+        """`saved` is the checkpoint's content that the run goes on from; `kept` is written into each new one."""
+        self.script, self.out, self.settings, self.kept = script, out, settings, kept
+        self.model, self.optimizer = model, optimizer
+        self.validation_set, self.autocast = validation_set, autocast
+        self.start, length = restore_optimizer(saved["training"], optimizer, out / "last.pt") if saved else (0, 0)
+        self.log = open_log(out / "log.jsonl", length) if processes.is_main() else None
+        self.began = time.monotonic()
+        silent = None if processes.is_main() else True  # None: a bar only on a terminal
+        self.bar = tqdm(total=settings.iters, initial=self.start, disable=silent, dynamic_ncols=True)
+        self.stop_wanted = self.stop_agreed = False
+        self.handlers = {number: signal.signal(number, self.note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note_stop(self, number, frame):
+        """The first SIGTERM or Ctrl-C is a request to stop after the iteration; a second one does not wait."""
+        if self.stop_wanted:
+            raise KeyboardInterrupt
+        self.stop_wanted = True
+
+    def read(self, loss, losses, gradient, **more):
+        """Scalars of a step, losses as {branch: {part: scalar}} -> {name: float}; of several processes the means.
+
+        This is the only time a step waits for the device, and when processes agree about stopping.
+        """
+        named = {f"{branch}/{part}": value for branch, parts in losses.items() for part, value in parts.items()}
+        named = {"loss": loss} | named | more | {"gradient": gradient}
+        values = [torch.as_tensor(value, device=loss.device).detach().float() for value in named.values()]
+        stop = torch.full_like(values[0], self.stop_wanted)
+        *values, stop = processes.mean_over_processes(torch.stack([*values, stop])).tolist()
+        self.stop_agreed = stop > 0
+        return dict(zip(named, values))
+
+    def after(self, iteration, numbers):
+        """Log, show, evaluate and save when due, after a step with these numbers -> whether the run stops here."""
+        settings, done = self.settings, iteration + 1
+        shown = {name: value for name, value in numbers.items() if name != "gradient"}
+        self.show_progress(done, shown)
+        if iteration % settings.log_every == 0:
+            self.write(iteration=iteration, lr=self.optimizer.param_groups[0]["lr"], **shown)
+        last, stop = done == settings.iters, self.stop_agreed
+        if done % settings.eval_every == 0 and not last:
+            self.evaluate(done)
+        if done % settings.save_every == 0 or last or stop:
+            self.save(done)
+        if stop and not last and processes.is_main():
+            command = shlex.join(["python", self.script, "--resume", "--out", self.out.as_posix()])
+            print(f"\nstopped after {done} iterations; go on with: {command}")
+        return stop and not last
+
+    def evaluate(self, done):
+        """{branch: metrics} of all of the model's branches, written to the log."""
+        results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
+        for branch, metrics in results.items():
+            self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
+        return results
+
+    def save(self, done):
+        """Write OUT/last.pt, with everything a resumed run needs. It counts on the log so far, on the disk."""
+        if self.log:
+            with writing(self.out / "log.jsonl"):
+                os.fsync(self.log.fileno())
+            training = {"done": done, "optimizer": self.optimizer.state_dict(), "log": self.log.tell()}
+            checkpoint.save(self.out / "last.pt", self.model, training | {"settings": vars(self.settings)} | self.kept)
+
+    def write(self, **entry):
+        """A line of the log, which holds nothing that differs between two runs of the same seed."""
+        if self.log:
+            with writing(self.out / "log.jsonl", "--resume goes on from the last checkpoint, if there is one"):
+                self.log.write((json.dumps(entry) + "\n").encode())
+                self.log.flush()
+
+    def show_progress(self, done, numbers):
+        """On the bar, or, where there is no terminal, as a line now and then."""
+        self.bar.update(done - self.bar.n)
+        every = self.settings.log_every
+        if not processes.is_main() or done % every:
+            return
+        seconds = (time.monotonic() - self.began) / (done - self.start)
+        text = " ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        text += f" {self.settings.batch / seconds:.1f} images/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.bar.disable and done % (5 * every) == 0:
+            left = tqdm.format_interval(seconds * (self.settings.iters - done))
+            print(f"{done}/{self.settings.iters} {text}, {left} left", flush=True)
+
+    def finish(self):
+        """After the last iteration: {branch: metrics}, as `evaluate`."""
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        return self.evaluate(self.settings.iters)
+
+    def report(self, rows, columns, next_command):
+        """The last lines: what was reached, {row: metrics}, where it lies, and what to do with the checkpoint next.
+
+        `columns` are what OUT/sheet.jpg shows beside the ground truth.
+        """
+        if not processes.is_main():
+            return
+        path = self.out / "last.pt"
+        print_table(rows)
+        print(f"checkpoint {path}, log {self.out / 'log.jsonl'}")
+        print(pictures.draw_run(self.out, self.validation_set.annotations, columns, self.autocast))
+        print(f"next: {shlex.join(['python', *next_command, path.as_posix()])}")
+
+
+def evaluate_all(model, dataset, settings, autocast):
+    """{branch: metrics} of all of a model's branches."""
+    images = settings.batch // processes.world_size()
+    found = evaluation.evaluate(model, dataset, sorted(model.branches), images, settings.workers, autocast)
+    return {branch: metrics for branch, (metrics, _) in found.items()}
+
+
+def restore_optimizer(training, optimizer, path):
+    """Bring an optimizer to its stored state -> iterations done, length of the log. Raises InputError."""
+    with blamed(path):
+        groups = optimizer.state_dict()["param_groups"]  # these follow from the settings
+        optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
+        names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+        for p, state in optimizer.state.items():
+            shapes = {name: value.shape for name, value in state.items()}
+            if shapes != {name: () if name == "step" else p.shape for name in names}:
+                raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is {shapes}")
+        done, length = training["done"], training["log"]
+        if not (type(done) is type(length) is int and min(done, length) >= 0):
+            raise ValueError(f"done {done!r}, log {length!r}")
+    return done, length
+
+
+def open_log(path, length):
+    """The log, cut off at what the checkpoint knows: what came after it will come again."""
+    with writing(path, "--resume goes on from the last checkpoint, if there is one"):
+        log = open(path, "ab")
+        log.truncate(min(length, log.tell()))  # of a log that was lost, what is left goes on
+        log.seek(0, os.SEEK_END)
+    return log
