@@ -17,7 +17,7 @@ import torch
 import train
 from tqdm import tqdm
 
-from msad import training
+from msad import processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def call(script, *flags):
     before, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, flags)]
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
-            training.main(script.run)
+            processes.run_script(script.main)
     except SystemExit as stop:
         code = stop.code or 0
     finally:

@@ -9,7 +9,7 @@ import pytest
 from folders import annotation_path, random_content, write
 
 from msad import annotations
-from msad.annotations import InputError
+from msad.files import InputError
 
 
 def plainly(content):

@@ -13,7 +13,7 @@ from folders import noise, random_content, write
 from PIL import Image
 
 from msad import annotations
-from msad.annotations import InputError
+from msad.files import InputError
 from msad.data import CocoDataset, TrainBatches, collate, eval_batches, fitted_size, loader, pad_to_multiple, resize
 
 

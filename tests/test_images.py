@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msad.annotations import InputError
+from msad.files import InputError
 from msad.data import read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (13, 18, 3), dtype=np.uint8)

@@ -13,13 +13,12 @@ from folders import COLORS, draw_rectangles
 from scripts import TINY, call, succeed
 
 from msad import checkpoint, evaluation, models
-from msad.detector import Detector
-from msad.teacher import MultiScale, Teacher
+from msad.models import Conventional, Detector, Teacher
 
 # What is trained: its script, its flags beside --data and --out, the kind of model, the branches.
 RUNS = {
     "teacher": (train, [], Teacher, ["fused", "high", "low"]),
-    "conventional": (train, ["--no-align"], MultiScale, ["high", "low"]),
+    "conventional": (train, ["--no-align"], Conventional, ["high", "low"]),
     "high": (train, ["--res", "high"], Detector, ["high"]),
     "low": (train, ["--res", "low"], Detector, ["low"]),
     "student": (distill, ["--kd-ramp", "2"], Detector, ["low"]),

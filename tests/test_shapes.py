@@ -149,9 +149,9 @@ def test_boxes_are_tight_around_the_pixels_drawn(name, monkeypatch):
 
 
 def test_most_pictures_have_objects_of_the_finest_level_and_none_of_the_coarsest():
-    head = FCOSHead(32, len(shapes.CLASSES), 32, 0, SMALL.object_scale)
-    side = SMALL.short_sides[0]
-    assert fitted_size(shapes.SIDE, shapes.SIDE, side, SMALL.long_side) == (side, side)
+    head = FCOSHead(32, len(shapes.CLASSES), 32, 0, SMALL["object_scale"])
+    side = SMALL["short_sides"][0]
+    assert fitted_size(shapes.SIDE, shapes.SIDE, side, SMALL["long_side"]) == (side, side)
     sizes = [(-(-side // stride),) * 2 for stride in (8, 16, 32, 64, 128)]
     drawn = [objects for _, objects in pictures(0, 40)]
     boxes = [torch.tensor([box for _, box in objects]) * side / shapes.SIDE for objects in drawn]
