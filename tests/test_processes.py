@@ -1,11 +1,14 @@
-"""Two processes of torchrun do what one does alone: gradients, evaluation, and both training scripts.
+"""Two processes of torchrun do what one does alone: gradients, evaluation, both training scripts, stopping; and one of
+them killed.
 
-One torchrun starts this file as a script for all the tests; its processes write what they found into a folder.
+One torchrun starts this file as a script for all the tests but the last; its processes write what they found into a
+folder.
 """
 
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +19,14 @@ import torch
 import train
 from folders import draw_rectangles
 from helpers import randomize, tiny_config, tiny_model
+from scripts import LONG, ROOT, TINY, assert_same_run, wait_for_lines
 
 from msad import annotations, checkpoint, distillation, evaluation, models, processes
-from msad.annotations import InputError
 from msad.data import CocoDataset
+from msad.files import InputError
+from msad.fusion import LOSS_WEIGHTS
 
-TINY = (
-    "--recipe small --iters 2 --batch 2 --short-sides 64 --test-side 64 --long-side 128 --fpn-channels 32 "
-    "--head-channels 64 --head-convs 1 --precision fp32 --device cpu --log-every 1"
-).split()
+SHORT = [*TINY, "--iters", "2"]
 # Boxes per image: unequal over the two processes, and all of them in the first.
 COUNTS = {"unequal": (3, 0, 1, 7), "one side": (2, 4, 0, 0)}
 
@@ -53,11 +55,11 @@ def gradients(kind, head, counts, rank=0, count=1):
         images = images[:, :, ::2, ::2]
     pyramids, outputs = network(images[mine])
     losses = model.losses(outputs, boxes[mine], labels[mine])
-    loss = sum(train.WEIGHT[name.split("/")[0]] * value for name, value in losses.items())
+    loss = sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
     if kind == "low":
         shapes = [(len(counts), *level.shape[1:]) for level in pyramids["low"]]
         fused = [torch.arange(math.prod(shape)).sin().view(shape)[mine] for shape in shapes]
-        loss = loss + 0.6 * distillation.pyramid_l1(pyramids["low"], fused)
+        loss = loss + distillation.WEIGHT * distillation.pyramid_l1(pyramids["low"], fused)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -74,33 +76,74 @@ def evaluated(data):
     return {b: [metrics, [[i, plain(found)] for i, found in pairs]] for b, (metrics, pairs) in results.items()}
 
 
-def run_script(script, *flags):
-    sys.argv = [f"{script.__name__}.py", *TINY, *map(str, flags)]
+def outcome(script, *flags):
+    """What a script gives back, or the line it stops with."""
+    sys.argv = [f"{script.__name__}.py", *map(str, flags)]
     try:
-        return script.run()
+        return script.main()
     except InputError as error:
         return str(error)
 
 
+def outcome_of_an_accident(accident, *flags):
+    """The same of train.py when `accident` befalls the second process, in the losses of its second batch."""
+    losses, batches = models.Detector.losses, []
+
+    def struck(model, outputs, boxes, labels):
+        batches.append(len(boxes))
+        found = losses(model, outputs, boxes, labels)
+        if len(batches) == 2 and processes.rank() == 1:
+            found = accident(found)
+        return found
+
+    models.Detector.losses = struck
+    try:
+        return outcome(train, *flags)
+    finally:
+        models.Detector.losses = losses
+
+
+def spoil(found):
+    found["low"]["box"] = found["low"]["box"] * math.nan
+    return found
+
+
+def interrupt(found):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return found
+
+
 def work(folder):
     """What each of the two processes does."""
-    processes.start(torch.device("cpu"))
-    rank, count = processes.rank(), processes.count()
+    processes.start("cpu")
+    rank, count = processes.rank(), processes.world_size()
     mine = {case: gradients(*case[:2], COUNTS[case[2]], rank, count) for case in CASES}
     torch.save(mine, folder / f"gradients{rank}.pt")
     found = {name: evaluated(folder / name) for name in ("data", "one")}
     found["mean"] = processes.mean_over_processes(torch.tensor(10.0 * rank)).item()
     found["gathered"] = processes.gather([rank] * (2 - rank))
     data = ["--data", folder / "data"]
-    teacher = folder / "teacher" / "last.pt"
-    found["codes"] = [
-        run_script(train, *data, "--out", folder / "teacher"),
-        run_script(train, *data, "--out", folder / "conventional", "--no-align"),
-        run_script(distill, *data, "--out", folder / "student", "--teacher", teacher),
-        run_script(train, *data, "--out", folder / "none", "--batch", 1),
-    ]
+    teacher = ["--teacher", folder / "teacher" / "last.pt"]
+    low = [*TINY, *data, "--res", "low", "--batch", 4]
+    found["outcomes"] = {
+        "teacher": outcome(train, *SHORT, *data, "--out", folder / "teacher"),
+        "conventional": outcome(train, *SHORT, *data, "--out", folder / "conventional", "--no-align"),
+        "student": outcome(distill, *SHORT, *data, "--out", folder / "student", *teacher),
+        "too small": outcome(train, *SHORT, *data, "--out", folder / "none", "--batch", 1),
+        "not finite": outcome_of_an_accident(spoil, *low, "--out", folder / "spoilt"),
+        "stopped": outcome_of_an_accident(interrupt, *low, "--out", folder / "stopped"),
+    }
     (folder / f"found{rank}.json").write_text(json.dumps(found))
-    processes.stop()
+    outcome(train, *LONG, *data, "--res", "low", "--batch", 4, "--out", folder / "whole")
+    torch.distributed.destroy_process_group()
+
+
+def torchrun(script, *arguments, cwd):
+    """Start a script in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(cwd)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +152,10 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     draw_rectangles(folder / "data", {"train": 8, "val": 5}, sides=(49, 90))
     draw_rectangles(folder / "one", {"val": 1}, sides=(49, 90))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder)}
-    done = subprocess.run([*torchrun, __file__, folder], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:1500]
-    (folder / "printed").write_text(done.stdout)
+    job = torchrun(__file__, folder, cwd=folder)
+    printed, complained = job.communicate()
+    assert job.returncode == 0, complained[:1500]
+    (folder / "printed").write_text(printed)
     return folder
 
 
@@ -161,11 +203,56 @@ def test_scripts_run_under_torchrun_and_write_once(two, name, kind):
     assert printed.count(f"folder    {two / name}\n") == 1 and "2 process(es)" in printed
 
 
-def test_codes_and_a_batch_smaller_than_the_processes(two):
-    for found in found_by(two):
-        assert found["codes"][:3] == [None] * 3
-        assert found["codes"][3] == "--batch 1 is smaller than the number of processes, 2"
+def outcomes(two, name):
+    """What both processes' scripts gave back."""
+    return [found["outcomes"][name] for found in found_by(two)]
+
+
+def test_a_finished_run_gives_no_code_and_a_batch_must_not_be_smaller_than_the_processes(two):
+    assert [outcomes(two, name) for name in ("teacher", "conventional", "student")] == 3 * [[None, None]]
+    assert outcomes(two, "too small") == 2 * ["--batch 1: smaller than the number of processes, 2"]
     assert not (two / "none").exists()
+
+
+def test_what_is_not_finite_in_one_process_stops_both_with_the_same_line(two):
+    one, other = outcomes(two, "not finite")
+    assert one == other and "iteration 1:" in one and "low/box nan" in one
+    assert not (two / "spoilt" / "last.pt").exists()
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_iteration(two):
+    assert outcomes(two, "stopped") == [130, 130]
+    assert checkpoint.read(two / "stopped" / "last.pt")["training"]["done"] == 2
+    command = f"python train.py --resume --out {two}/stopped"
+    assert (two / "printed").read_text().count(f"stopped after 2 iterations; go on with: {command}\n") == 1
+
+
+def test_a_killed_process_ends_the_job_and_the_run_resumes_to_the_same_bits(two, tmp_path):
+    out = tmp_path / "killed"
+    flags = [*LONG, "--data", two / "data", "--res", "low", "--batch", 4, "--out", out]
+    job = torchrun(ROOT / "train.py", *flags, cwd=tmp_path)
+    wait_for_lines(job, out / "log.jsonl", 9)
+    first, second = workers_of(job)
+    os.kill(second, signal.SIGKILL)
+    _, complained = job.communicate(timeout=120)  # instead of hanging
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in complained
+    assert not Path(f"/proc/{first}").exists()
+    assert 8 <= checkpoint.read(out / "last.pt")["training"]["done"] < 20
+
+    job = torchrun(ROOT / "train.py", "--resume", "--out", out, cwd=tmp_path)
+    printed, complained = job.communicate()
+    assert job.returncode == 0 and "2 process(es)" in printed, complained
+    assert_same_run(out, two / "whole")
+
+
+def workers_of(job):
+    """The process ids of torchrun's two, in the order of their ranks."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(entry[5:]): int(child) for entry in environment if entry.startswith(b"RANK=")}
+    return ranks[0], ranks[1]
 
 
 if __name__ == "__main__":

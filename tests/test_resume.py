@@ -1,16 +1,23 @@
-"""Stopped, killed, crashed while saving: a resumed run ends with the same bits as one that never stopped."""
+"""Stopped, killed, crashed while saving, a full disk, damage: a resumed run ends with the same bits as one that never
+stopped, or says in one line why it cannot go on."""
 
+import copy
+import json
 import os
+import random
 import shutil
 import signal
+from collections import Counter
 
 import distill
 import pytest
 import torch
 import train
-from scripts import assert_same_run, call, complaint, runs, start, succeed, wait_for_lines
+from scripts import TINY, assert_same_run, call, complaint, fork, kill, runs, start, succeed, wait, wait_for_lines
 
-from msad import checkpoint, training
+from msad import checkpoint
+
+NAMES = ("trained", "distilled")
 
 
 def lines(out):
@@ -42,7 +49,7 @@ def test_stopped_then_killed_then_resumed_equals_uninterrupted(uninterrupted, tm
     assert_same_run(out, uninterrupted / name)
 
 
-@pytest.mark.parametrize("name", ["trained", "distilled"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_crash_while_saving_costs_nothing_but_the_iterations_since(uninterrupted, tmp_path, name, monkeypatch):
     script, flags = runs(uninterrupted)[name]
     replace, replaced = os.replace, []
@@ -72,8 +79,63 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted, tmp_path):
 
 def test_resuming_from_nothing_starts_from_the_beginning(uninterrupted, tmp_path):
     script, flags = runs(uninterrupted)["trained"]
-    succeed(script, *flags, "--out", tmp_path / "out", "--resume")
+    printed = succeed(script, *flags, "--out", tmp_path / "out", "--resume")
+    assert f"{tmp_path}/out holds no checkpoint yet: starting from the beginning" in printed
     assert_same_run(tmp_path / "out", uninterrupted / "trained")
+
+
+# A full disk: one line, and `--resume` goes on once there is room.
+
+
+@pytest.fixture(params=NAMES)
+def killed(request, uninterrupted, tmp_path):
+    """A run that was killed: the script, its folder, and the folder of the same run uninterrupted."""
+    script, flags = runs(uninterrupted)[request.param]
+    process = fork(script, *flags, "--out", tmp_path / "out", "--save-every", 1)
+    wait(process, (tmp_path / "out" / "last.pt").exists)
+    assert kill(process) != 0
+    return script, tmp_path / "out", uninterrupted / request.param
+
+
+def complaint_of_a_full_disk(script, *flags, largest_file, report):
+    """The one line of a run, with exit code 2, that no file lets grow beyond a number of bytes."""
+    process = fork(script, *flags, largest_file=largest_file, report=report)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 2
+    _, _, complained = json.loads(report.read_text())
+    assert complained.count("\n") == 1 and "Traceback" not in complained, complained
+    return complained
+
+
+@pytest.mark.parametrize("name", ["last.pt", "log.jsonl"])
+def test_a_full_disk_costs_nothing_but_the_iterations_since(killed, tmp_path, name):
+    script, out, whole = killed
+    files, before = sorted(os.listdir(out)), (out / "last.pt").read_bytes()
+    logged = checkpoint.read(out / "last.pt")["training"]["log"]
+    limit = {"last.pt": len(before) // 2, "log.jsonl": logged + 10}[name]
+    line = complaint_of_a_full_disk(script, "--resume", "--out", out, largest_file=limit, report=tmp_path / "report")
+    assert line.startswith(f"error: {out / name}: cannot be written (")
+    assert (out / "last.pt").read_bytes() == before and sorted(os.listdir(out)) == files
+    assert (out / "log.jsonl").read_bytes()[:logged] == (whole / "log.jsonl").read_bytes()[:logged]
+    succeed(script, "--resume", "--out", out)
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("killed", ["distilled"], indirect=True)
+def test_a_log_that_was_lost_does_not_keep_a_run_from_going_on(killed):
+    script, out, whole = killed
+    logged = checkpoint.read(out / "last.pt")["training"]["log"]
+    (out / "log.jsonl").unlink()
+    succeed(script, "--resume", "--out", out)
+    assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()[logged:]
+
+
+def test_a_log_that_cannot_be_opened_is_named(uninterrupted, tmp_path):
+    (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
+    line = complaint(train, *TINY, "--data", uninterrupted / "data", "--out", tmp_path / "out", "--resume")
+    assert f"{tmp_path / 'out' / 'log.jsonl'}: cannot be written" in line
+
+
+# What cannot be gone on with is refused, and nothing is changed.
 
 
 @pytest.mark.parametrize("flags", ["--res high", "--iters 31", "--seed 5", "--short-sides 64", "--lr 1", "--no-align"])
@@ -102,22 +164,48 @@ def test_resuming_the_other_script_s_run_is_refused(uninterrupted, script, name)
     assert (uninterrupted / name / "log.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["trained", "distilled"])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(uninterrupted, tmp_path, monkeypatch, name):
-    script, flags = runs(uninterrupted)[name]
-    step, steps = training.Update.__call__, []
+def test_a_model_without_a_run_cannot_be_resumed(uninterrupted, tmp_path):
+    checkpoint.save(tmp_path / "last.pt", checkpoint.load(uninterrupted / "trained" / "last.pt"))
+    assert "holds a model only" in complaint(train, "--resume", "--out", tmp_path)
 
-    def poisoned(update, iteration, loss, losses):
-        steps.append(loss)
-        if len(steps) == 10:
-            losses["low/box"] = losses["low/box"] * float("nan")
-            loss = sum(losses.values())
-        return step(update, iteration, loss, losses)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Update, "__call__", poisoned)
-        line = complaint(script, *flags, "--out", tmp_path / "out")
-    assert "iteration 9:" in line and "low/box nan" in line and "low/cls " in line and "low/centerness " in line
-    assert len(steps) == 10 and checkpoint.read(tmp_path / "out" / "last.pt")["training"]["done"] == 8
-    succeed(script, "--resume", "--out", tmp_path / "out")
-    assert_same_run(tmp_path / "out", uninterrupted / name)
+@pytest.mark.parametrize("damage", [b"", b"hello", None])
+def test_resuming_from_a_damaged_file(uninterrupted, tmp_path, damage):
+    path = shutil.copytree(uninterrupted / "distilled", tmp_path / "out") / "last.pt"
+    path.write_bytes(path.read_bytes()[:-5000] if damage is None else damage)
+    assert str(path) in complaint(distill, "--resume", "--out", path.parent)
+
+
+STRANGE = (None, "x", "", -1, 0, 0.5, float("nan"), 1e300, 10**30, True, [], {}, (1,), {"id": 1}, torch.zeros(2))
+
+
+def edited(content, rng):
+    """A copy in which one value of the run's part is another, or is gone; and where."""
+    content = copy.deepcopy(content)
+    at, key, path = content, "training", ["training"]
+    while isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.9:
+        at = at[key]
+        key = rng.choice(list(at) if isinstance(at, dict) else range(len(at)))
+        path.append(key)
+    if rng.random() < 0.25:
+        del at[key]
+    else:
+        at[key] = copy.deepcopy(rng.choice(STRANGE))
+        path.append(at[key])
+    return content, path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resuming_from_a_random_edit_goes_on_or_says_why_not(uninterrupted, tmp_path, name):
+    script, _ = runs(uninterrupted)[name]
+    path = shutil.copytree(uninterrupted / name, tmp_path / "out") / "last.pt"
+    rng, outcomes = random.Random(name), Counter()
+    content = torch.load(path, weights_only=True)
+    content["training"]["done"] = 19
+    for _ in range(50):
+        changed, where = edited(content, rng)
+        torch.save(changed, path)
+        code, _, complained = call(script, "--resume", "--out", path.parent, "--data", uninterrupted / "data")
+        assert code == 0 or (code == 2 and complained.count("\n") == 1 and complained.startswith("error: ")), where
+        outcomes[code] += 1
+    assert min(outcomes[0], outcomes[2]) > 5, outcomes

@@ -1,0 +1,114 @@
+"""The step as it stands in both training scripts: a loss or gradient that is not finite stops the run and leaves the
+weights as they were; the gradient is clipped; the learning rate is the iteration's."""
+
+import json
+import re
+
+import pytest
+import torch
+from scripts import assert_same_run, complaint, runs, succeed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from msad import checkpoint, distillation, models
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def steps():
+    """[(the groups' learning rates, the parameters' gradients)] of every step that an optimizer makes."""
+    made = []
+
+    def note(optimizer, args, kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        made.append(({group["lr"] for group in optimizer.param_groups}, torch.cat([g.flatten() for g in gradients])))
+
+    handle = register_optimizer_step_pre_hook(note)
+    yield made
+    handle.remove()
+
+
+def logged(out):
+    """The log's entries of iterations."""
+    entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [entry for entry in entries if "iteration" in entry]
+
+
+def steep(value):
+    """The same number, with a gradient that is not finite."""
+    return value + (value - value.detach()).sqrt()
+
+
+SPOILT = {  # the part of the loss that the tenth batch spoils, how, and what the message says
+    "a part is nan": ("box", lambda value: value * NAN, "/box nan"),
+    "a part is infinite": ("cls", lambda value: value + INF, "/cls inf"),
+    "only the gradient": ("box", steep, "gradient nan"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+@pytest.mark.parametrize("name", ["trained", "distilled", "teacher"])
+def test_a_step_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(
+    uninterrupted, tmp_path, monkeypatch, steps, name, case
+):
+    part, spoil, text = SPOILT[case]
+    script, flags = runs(uninterrupted)["trained" if name == "teacher" else name]
+    flags = [*flags, "--res", "multi"] if name == "teacher" else flags
+    losses, before = models.Detector.losses, []
+
+    def spoilt(model, outputs, boxes, labels):
+        before.append((model, [p.detach().clone() for p in model.parameters()]))
+        found = losses(model, outputs, boxes, labels)
+        if len(before) == 10:
+            branch = list(found)[-1]
+            found[branch][part] = spoil(found[branch][part])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.Detector, "losses", spoilt)
+        line = complaint(script, *flags, "--out", tmp_path / "out")
+    assert "iteration 9: the loss or its gradient is not finite" in line and text in line
+    named = dict(pair.rsplit(" ", 1) for pair in re.search(r"\((.*)\)", line)[1].split(", "))
+    entries = logged(tmp_path / "out")
+    assert list(named) == [key for key in entries[0] if key not in ("iteration", "lr")] + ["gradient"]
+    assert [e["iteration"] for e in entries] == list(range(9)) and len(before) == 10 and len(steps) == 9
+    model, weights = before[-1]
+    assert all(p.equal(kept) for p, kept in zip(model.parameters(), weights))
+    assert not any(p.equal(older) for p, older in zip(weights, before[-2][1]) if p.dim() > 1), "the step before"
+    assert checkpoint.read(tmp_path / "out" / "last.pt")["training"]["done"] == 8
+    if name != "teacher":
+        succeed(script, "--resume", "--out", tmp_path / "out")
+        assert_same_run(tmp_path / "out", uninterrupted / name)
+
+
+def test_a_distance_that_is_not_finite_stops_too(uninterrupted, tmp_path, monkeypatch, steps):
+    monkeypatch.setitem(distillation.DISTANCES, "l1", lambda student, fused: student[0].mean() * INF)
+    script, flags = runs(uninterrupted)["distilled"]
+    line = complaint(script, *flags, "--out", tmp_path / "out")
+    assert "iteration 0:" in line and "kd nan" in line, "0, the weight of the distance there, times infinity"
+    assert not steps
+
+
+@pytest.mark.parametrize("name", ["trained", "distilled"])
+def test_the_gradient_is_clipped_to_its_norm_and_not_beyond(uninterrupted, tmp_path, steps, name):
+    script, flags = runs(uninterrupted)[name]
+    flags = [*flags, "--iters", 1, "--out", tmp_path / "out", "--clip"]
+    succeed(script, *flags, 0)  # no limit
+    whole = steps[0][1]
+    norm = whole.norm().item()
+    for share, kept in ((1 / 3, 1 / 3), (3, 1)):
+        succeed(script, *flags, share * norm)
+        clipped = steps[-1][1]
+        assert clipped.norm().item() == pytest.approx(kept * norm, rel=1e-4)
+        torch.testing.assert_close(clipped, kept * whole, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name, warmup, first", [("trained", 2, (0.001, 0.5005)), ("distilled", 0, (1, 1))])
+def test_every_step_has_its_iteration_s_learning_rate(uninterrupted, tmp_path, steps, name, warmup, first):
+    script, flags = runs(uninterrupted)[name]
+    flags = [*flags, "--iters", 9, "--warmup", warmup, "--optimizer", "sgd", "--schedule", "step", "--lr", 0.01]
+    succeed(script, *flags, "--out", tmp_path / "out")
+    expected = [0.01 * share for share in (*first, 1, 1, 1, 1, 0.1, 0.1, 0.01)]
+    assert [rate for rates, _ in steps for rate in rates] == pytest.approx(expected)
+    assert [entry["lr"] for entry in logged(tmp_path / "out")] == pytest.approx(expected)
