@@ -107,7 +107,7 @@ def test_a_cell_of_either_branch_looks_at_the_same_place_of_the_image(place):
             assert abs(center[0] - y) < 32 and abs(center[1] - x) < 32, (branch, stride, center)
 
 
-def test_grid_equals_a_loop():
+def test_cells_equal_a_loop():
     sizes = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
     expected = []
     for level, (height, width) in enumerate(sizes):
@@ -115,13 +115,13 @@ def test_grid_equals_a_loop():
         for row in range(height):
             for column in range(width):
                 expected.append((column * stride, row * stride, stride))
-    corners, strides = align.grid(sizes)
+    corners, strides = align.cells(sizes)
     assert torch.cat([corners, strides[:, None]], 1).tolist() == [list(map(float, cell)) for cell in expected]
 
 
-def test_grid_wants_five_levels():
+def test_cells_want_five_levels():
     with pytest.raises(ValueError):
-        align.grid([(4, 4)] * 4)
+        align.cells([(4, 4)] * 4)
 
 
 @pytest.mark.parametrize("mode", ["area", "nearest"])

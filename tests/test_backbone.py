@@ -6,8 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from helpers import randomize
 
-from msad.fpn import FPN
-from msad.resnet import LAYERS, WIDTHS, ResNet
+from msad.backbone import FPN, LAYERS, WIDTHS, ResNet
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 

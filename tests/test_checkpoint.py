@@ -9,13 +9,12 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_model
 
-from msad import checkpoint, models
-from msad.annotations import InputError
+from msad import InputError, checkpoint, files, models
 
 
-def assert_refused(path, *expected):
+def assert_refused(path, *expected, **how):
     with pytest.raises(InputError) as caught:
-        checkpoint.load(path)
+        checkpoint.load(path, **how)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and all(part in message for part in expected)
 
@@ -27,18 +26,23 @@ def saved(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", ["teacher", "conventional", "high", "low"])
-def test_a_model_comes_back_to_the_bit_and_rebuilds_itself(tmp_path, kind):
-    model = tiny_model(kind, seed=3, downsample="nearest")
-    checkpoint.save(tmp_path / "a.pt", model, {"done": 7, "settings": {"sides": (1, 2)}})
+@pytest.mark.parametrize("head", models.HEADS)
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_a_model_comes_back_to_the_bit_and_rebuilds_itself(tmp_path, kind, head):
+    model = tiny_model(kind, seed=3, head=head, downsample="nearest", width=0.5, head_convs=2)
+    training = {"done": 7, "settings": {"sides": (1, 2)}}
+    checkpoint.save(tmp_path / "a.pt", model.train(), training)
     again = checkpoint.load(tmp_path / "a.pt")
-    assert type(again) is type(model) and again.config == model.config and not again.training
-    assert again.branches == model.branches
-    assert all(a.equal(b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
-    assert checkpoint.read(tmp_path / "a.pt")["training"] == {"done": 7, "settings": {"sides": (1, 2)}}
-    picture = torch.rand(3, 70, 90, generator=torch.Generator().manual_seed(0))
-    for one, other in zip(model.detect([picture]), again.detect([picture]), strict=True):
-        assert len(one["boxes"]) > 0 and all(one[key].equal(other[key]) for key in ("boxes", "scores", "labels"))
+    assert type(again) is type(model) and again.config == model.config and again.branches == model.branches
+    assert not any(module.training for module in again.modules())
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(state[key].equal(value) for key, value in model.state_dict().items())
+    assert checkpoint.read(tmp_path / "a.pt")["training"] == training
+    pictures = [torch.rand(3, 70, 90, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 128, 192)]
+    for branch in model.branches:
+        for found, expected in zip(again.detect(pictures, branch), model.eval().detect(pictures, branch), strict=True):
+            assert len(expected["boxes"]) > 0 and all(found[key].equal(expected[key]) for key in expected)
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
@@ -63,7 +67,7 @@ def test_until_the_file_is_whole_it_has_another_name(saved, monkeypatch):
         assert Path(target) == saved and saved.read_bytes() == before
         written.append(checkpoint.read(source)["training"]["done"])
 
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     checkpoint.save(saved, tiny_model("low"), {"done": 2})
     assert written == [2] and saved.read_bytes() == before
 
@@ -98,6 +102,18 @@ def test_files_that_are_no_checkpoints_are_refused(saved, tmp_path):
     for content in ({}, [1, 2], torch.zeros(3), {"model": {}}, {"msad": 2}, {"msad": 1}, hollow):
         torch.save(content, saved)
         assert_refused(saved)
+
+
+def test_a_model_of_another_kind_than_wanted_is_refused(saved):
+    assert_refused(saved, "kind low", "not a teacher", want="teacher")
+    assert checkpoint.load(saved, want="low").config.kind == "low"
+
+
+def test_a_folded_model_is_not_saved(saved):
+    before, folded = saved.read_bytes(), checkpoint.load(saved).folded()
+    with pytest.raises(InputError, match=f"{saved}: .*folded"):
+        checkpoint.save(saved, folded)
+    assert saved.read_bytes() == before
 
 
 def edit_tensor(**changes):

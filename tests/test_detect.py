@@ -1,13 +1,14 @@
-"""From images to detections: input, candidates, NMS, and boxes in each image's own pixels."""
+"""From outputs to detections: candidates, NMS, and boxes in each image's own pixels."""
 
 import random
 
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from PIL import Image
 from torch import nn
 
-from msad import detector, models
+from msad import models
 from msad.distillation import start_from
 
 KINDS_AND_BRANCHES = [
@@ -31,7 +32,8 @@ class PlantedHead(nn.Module):
 
     def forward(self, pyramid):
         expand = lambda x: x.expand(len(pyramid[0]), *x.shape)
-        return {"boxes": expand(self.boxes), "scores": expand(self.scores), "logits": expand(self.logits), "sizes": self.cells}
+        outputs = {"boxes": self.boxes, "scores": self.scores, "logits": self.logits}
+        return {name: expand(value) for name, value in outputs.items()} | {"sizes": self.cells}
 
     def decode(self, outputs, where):
         return outputs["boxes"], outputs["scores"]
@@ -150,8 +152,7 @@ def tiles(count, left):
     return torch.tensor([(x, y, x + 4, y + 4) for x, y in corners])
 
 
-def test_each_level_has_at_most_a_thousand_candidates(monkeypatch):
-    monkeypatch.setattr(detector, "DETECTIONS_PER_IMAGE", 10**6)
+def test_each_level_has_at_most_a_thousand_candidates():
     torch.manual_seed(0)
     # 800 locations and two classes are 1600 candidates; 500 of them are out of the question.
     first, second = torch.rand(800, 3), torch.rand(50, 3) / 100 + 0.001
@@ -161,7 +162,7 @@ def test_each_level_has_at_most_a_thousand_candidates(monkeypatch):
     assert (first > 0).sum() == 1100
     model = tiny_model("high")
     model.head = PlantedHead((tiles(800, 0).float(), first), (tiles(50, 120).float(), second))
-    (found,) = model.detect([torch.rand(3, 128, 192)], resize=False)
+    (found,) = model.detect([torch.rand(3, 128, 192)], resize=False, max_detections=10**6)
     best = first.flatten().sort(descending=True).values[:1000]
     expected = torch.cat([best, second[:, 2].sort(descending=True).values])
     torch.testing.assert_close(found["scores"], expected)
@@ -178,8 +179,38 @@ def test_an_image_has_at_most_a_hundred_detections_the_best():
     assert found["labels"].tolist() == [i % 3 for i in order]
 
 
+def test_the_caller_may_want_the_likeliest_alone():
+    scores = [0.5, 0.25, 0.75, 0.3]  # the second lies below a threshold, the others not
+    model = plant(tiny_model("high"), tiles(4, 0).tolist(), [0, 1, 2, 0], scores)
+    image = torch.rand(3, 128, 192)
+    for limits, kept in (({}, [2, 0, 3, 1]), ({"threshold": 0.5}, [2, 0]), ({"max_detections": 3}, [2, 0, 3])):
+        (found,) = model.detect([image], resize=False, **limits)
+        assert found["scores"].tolist() == pytest.approx([scores[i] for i in kept])
+        assert found["boxes"].tolist() == tiles(4, 0)[kept].tolist()
+        batch = model.detect_batch(image[None], [(128, 192)], [(128, 192)], ["high"], **limits)
+        assert all(batch["high"][0][key].equal(found[key]) for key in found)
+
+
+def test_pictures_may_be_given_in_many_forms():
+    model = tiny_model("high")
+    pixels = torch.randint(256, (3, 128, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    array, grey = pixels.permute(1, 2, 0).numpy(), pixels[0].numpy()
+    colour = [pixels / 255, pixels, array, array / 255, Image.fromarray(array), (pixels / 255).double()]
+    one = [pixels[:1], grey, grey[..., None], Image.fromarray(grey), pixels[:1].expand(3, -1, -1) / 255]
+    for forms in (colour, one):
+        expected = model.detect([forms[0]])
+        assert len(expected) == 1 and len(expected[0]["scores"]) > 10
+        for form in forms:
+            same_detections(model.detect(form), expected)
+            same_detections(model.detect([form, form]), expected * 2)
+    for nothing in (pixels[:2], pixels.int(), pixels * 1.0, torch.zeros(3, 0, 9), array[0, 0], "a.png", pixels.numpy()):
+        with pytest.raises(ValueError, match="picture"):
+            model.detect([nothing])
+
+
 def test_what_is_likelier_than_the_threshold_is_decoded_and_nothing_else():
-    model = plant(tiny_model("high"), [[0, 0, 30, 30], [40, 0, 70, 30], [0, 40, 30, 70]], [0, 1, 2], [0.051, 0.049, 0.9])
+    boxes = [[0, 0, 30, 30], [40, 0, 70, 30], [0, 40, 30, 70]]
+    model = plant(tiny_model("high"), boxes, [0, 1, 2], [0.051, 0.049, 0.9])
     model.head.logits = model.head.scores.logit()
     (found,) = model.detect([torch.rand(3, 128, 128)])
     assert found["scores"].tolist() == pytest.approx([0.9, 0.051]) and found["labels"].tolist() == [2, 0]

@@ -1,19 +1,23 @@
-"""Detections -> metrics, against pycocotools used in the ordinary way: from an annotation file and a result file."""
+"""Detections -> metrics, against pycocotools used in the ordinary way, from an annotation file and a result file; and
+what a detector costs, against counts by hand."""
 
 import contextlib
 import io
 import json
 
+import evaluate
 import numpy as np
 import pytest
 import torch
-from folders import annotation_path, draw_rectangles, random_content, write
+from folders import annotation_path, draw_rectangles, noise, random_content, write
 from helpers import tiny_config, tiny_model
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scripts import succeed
+from torch import nn
 
-from msad import annotations, evaluation
-from msad.models import build
+from msad import annotations, checkpoint, evaluation, models
 from msad.data import CocoDataset
 
 NOTHING = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0, np.float32), "labels": np.zeros(0, np.int64)}
@@ -128,12 +132,11 @@ def test_no_detections_and_nothing_to_detect(tmp_path):
         assert {metrics[name] for name in evaluation.METRICS} == {0}
         assert metrics["classes"]["never seen"] == -1 and metrics["classes"]["class 3"] == 0
 
-    for split, crowd in (("empty", None), ("crowded", 1)):
-        content = random_content(3)
-        content["annotations"] = [a | {"iscrowd": 1} for a in content["annotations"]] if crowd else []
-        write(tmp_path, content, f"val_{split}")
-        (annotation_path(tmp_path, "val")).unlink(missing_ok=True)
-        truth = annotations.read(tmp_path, f"val_{split}")
+    content = random_content(3)
+    crowd = [a | {"iscrowd": 1} for a in content["annotations"]]
+    for name, entries in (("empty", []), ("crowded", crowd)):
+        write(tmp_path / name, content | {"annotations": entries}, "val")
+        truth = annotations.read(tmp_path / name, "val")
         detections = [(0, {"boxes": np.array([[1, 2, 30, 40]]), "labels": np.array([1]), "scores": np.array([0.5])})]
         for found in ([], detections):
             metrics = evaluation.coco_metrics(truth, found)
@@ -157,20 +160,20 @@ def test_a_model_is_evaluated_on_every_image_in_the_files_pixels(tmp_path, kind,
             assert (found["boxes"].max(0) <= np.array([width, height, width, height]) + 1e-3).all()
             assert found["boxes"][:, 2].max() > 0.7 * width and found["boxes"][:, 3].max() > 0.7 * height
             # The same picture, given to the model on its own.
-            image, _, _, _ = dataset[index, 0]
-            alone = model.detect([image.float() / 255], branch, resize=False)[0]
-            scale = torch.tensor([width, height] * 2) / torch.tensor(image.shape[:0:-1]).repeat(2)
+            (alone,) = model.detect(Image.open(truth.path(index)), branch)
             np.testing.assert_allclose(np.sort(found["scores"]), np.sort(alone["scores"].numpy()), atol=1e-4)
-            np.testing.assert_allclose(found["boxes"][0], alone["boxes"][0] * scale, atol=0.05)
+            np.testing.assert_allclose(found["boxes"][0], alone["boxes"][0], atol=0.05)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluation_leaves_the_model_as_it_was(tmp_path, training):
-    truth = annotations.read(draw_rectangles(tmp_path, {"val": 2}), "val")
-    model = build(tiny_config("high")).train(training)
+def test_evaluating_and_counting_leave_the_model_as_it_was(tmp_path, training):
+    dataset = CocoDataset(annotations.read(draw_rectangles(tmp_path, {"val": 2}), "val"), (64,), 128)
+    model = models.build(tiny_config("teacher")).train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    evaluation.evaluate(model, CocoDataset(truth, (64,), 128), ["high"], 2)
-    assert model.training == training and all(module.training == training for module in model.modules())
+    evaluation.evaluate(model, dataset, ["high"], 2)
+    evaluation.count_cost(model, "fused", 64, 64)
+    evaluation.measure_cost(model, dataset, "low", images=1)
+    assert all(module.training == training for module in model.modules())
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
 
 
@@ -179,3 +182,108 @@ def test_the_table_shows_percent_and_a_dash_for_nothing():
     head, row = evaluation.table({"student @ low": metrics}).split("\n")
     assert head.split() == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
     assert row.split() == ["student", "@", "low", "12.3", "12.3", "12.3", "-", "12.3", "100.0"]
+
+
+# Cost.
+
+BRANCHES = [("high", "high"), ("low", "low"), ("teacher", "high"), ("teacher", "low"), ("conventional", "low")]
+
+
+def gmacs(model, branch, height, width):
+    """What is counted, by part."""
+    return evaluation.count_cost(model, branch, height, width)["gmacs"]
+
+
+def by_hand(model, branch, images):
+    """{part: multiply-accumulates / 1e9}, counted in hooks from each layer's definition while it runs."""
+    counted = dict.fromkeys((*evaluation.PARTS, "fusion"), 0)
+
+    def hook(part):
+        def add(layer, inputs, output):
+            each = layer.weight[0].numel()  # products for one number of the output
+            counted[part] += output.numel() * each / 1e9
+
+        return add
+
+    for part in counted:
+        for layer in getattr(model, part, nn.Identity()).modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.register_forward_hook(hook(part))
+    with torch.no_grad():
+        model.predict(model.pyramids(images, [branch]))
+    return counted
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+@pytest.mark.parametrize("kind, branch", [*BRANCHES, ("teacher", "fused")])
+def test_macs_are_those_of_every_convolution_that_runs(kind, branch, head):
+    model = models.build(tiny_config(kind, head=head)).eval()
+    found = gmacs(model, branch, 120, 192)  # padded to 128 x 192
+    expected = by_hand(model, branch, torch.zeros(1, 3, *((64, 96) if kind == "low" else (128, 192))))
+    assert (expected["fusion"] > 0) == (branch == "fused")
+    expected["total"] = sum(expected.values())
+    assert found == pytest.approx({name: expected[name] for name in (*evaluation.PARTS, "total")}, rel=1e-9)
+
+
+def test_the_head_by_arithmetic():
+    locations = 16 * 16 + 8 * 8 + 4 * 4 + 2 * 2 + 1  # of a 128 x 128 input
+    towers = 2 * 9 * 32 * 64  # two of one 3x3 convolution, from 32 channels of the pyramid to 64
+    outputs = 9 * 64 * (3 + 4 + 1)  # 3x3 convolutions to classes, box and centerness
+    for kind in ("high", "low"):
+        assert gmacs(tiny_model(kind), kind, 128, 128)["head"] == locations * (towers + outputs) / 1e9
+
+
+def test_low_resolution_saves_three_quarters_of_all_but_the_head():
+    high, low = (gmacs(tiny_model("teacher"), branch, 256, 256) for branch in ("high", "low"))
+    assert low["backbone"] == high["backbone"] / 4 and low["head"] == high["head"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Seven pictures, four of which are padded to 128 x 192 (height, width) by a model that tests at 128."""
+    sizes = [(64, 64), (128, 140), (128, 180), (100, 140), (192, 128), (128, 192), (30, 30)]
+    images = [{"id": i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(sizes, 1)]
+    for entry in images:
+        (tmp_path / "val").mkdir(exist_ok=True)
+        picture = noise(entry["height"], entry["width"], entry["id"])
+        Image.fromarray(picture).save(tmp_path / "val" / entry["file_name"])
+    boxes = [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 20, 30], "area": 600, "iscrowd": 0}]
+    categories = [{"id": k, "name": n} for k, n in ((3, "disk"), (7, "star"), (20, "frame"))]
+    write(tmp_path, {"images": images, "annotations": boxes, "categories": categories}, "val")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["teacher", "low"])
+def test_the_size_is_the_commonest_and_only_such_images_are_timed(data, kind, monkeypatch):
+    model = tiny_model(kind)
+    dataset = CocoDataset(annotations.read(data, "val"), (128,), 256, model.low_input)
+    timed, clock = [], iter(range(1000))
+    monkeypatch.setattr(CocoDataset, "__getitem__", spy(CocoDataset.__getitem__, timed))
+    monkeypatch.setattr(evaluation, "now", lambda device: next(clock) ** 2 / 1000)
+    found = evaluation.measure_cost(model, dataset, model.branches[0], images=3)
+    assert found["size"] == [128, 192] and timed == [1, 1, 1, 2, 3]
+    # The clock is read at 0, 1, 4, ... ms, three times an image; the first two images are the warm-up.
+    assert found["ms"] == pytest.approx({"network": 19, "postprocessing": 21})
+    assert found["gmacs"] == gmacs(model, model.branches[0], 128, 192)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def spy(method, indices):
+    def reading(self, item):
+        indices.append(item[0])
+        return method(self, item)
+
+    return reading
+
+
+def test_evaluate_reports_the_cost_of_every_branch(data, tmp_path):
+    checkpoint.save(tmp_path / "teacher.pt", tiny_model("teacher"))
+    flags = ["--ckpt", tmp_path / "teacher.pt", "--data", data, "--device", "cpu", "--precision", "fp32"]
+    printed = succeed(evaluate, *flags, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sorted(found) == ["fused", "high", "low"]
+    for branch, numbers in found.items():
+        counted = gmacs(tiny_model("teacher"), branch, 128, 192)
+        assert numbers["cost"]["gmacs"] == counted and min(numbers["cost"]["ms"].values()) > 0
+        assert f"{branch}: {counted['total']:.2f} GMACs" in printed and "128x192" in printed
+    assert printed.count("cpu, fp32") == 3

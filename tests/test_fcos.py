@@ -1,4 +1,4 @@
-"""FCOS: assignment against a loop over locations and boxes, the head and its decoding by hand."""
+"""FCOS: assignment against a loop over locations and boxes, the head and its decoding by hand, losses by formula."""
 
 import math
 import random
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from helpers import randomize
 
-from msad.fcos import FCOSHead
+from msad.fcos import FCOSHead, centerness_target
+from msad.heads import focal_loss, giou_loss
 
 CLASSES = 3
 SIZES = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]  # of a 128x192 image
@@ -42,12 +43,12 @@ def check_assignment(sizes, boxes, labels, object_scale=1.0):
     """Compare the assignment of one image with a loop; returns the number of positives on each level."""
     head = new_head(object_scale=object_scale)
     found = head.assign(sizes, [torch.tensor(boxes).reshape(-1, 4)], [torch.tensor(labels, dtype=torch.long)])
-    found_labels, found_boxes = found["labels"][0].tolist(), found["boxes"][0].tolist()
+    found_labels, found_distances = found["labels"][0].tolist(), found["distances"][0].tolist()
     positives = [0] * 5
     for r, (level, stride, x, y) in enumerate(cells(sizes)):
         candidates = [b for b in zip(boxes, labels) if may_train(level, stride, x, y, b[0], object_scale)]
         if not candidates:
-            assert found_labels[r] == CLASSES and found_boxes[r] == [1] * 4, (r, boxes)
+            assert found_labels[r] == CLASSES and found_distances[r] == [1] * 4, (r, boxes)
             continue
         areas = [(b[2] - b[0]) * (b[3] - b[1]) for b, _ in candidates]
         # Among boxes of exactly the same area any will do.
@@ -56,7 +57,7 @@ def check_assignment(sizes, boxes, labels, object_scale=1.0):
             for (b, label), area in zip(candidates, areas)
             if area == min(areas)
         ]
-        assert (found_labels[r], found_boxes[r]) in allowed, (r, x, y, boxes)
+        assert (found_labels[r], found_distances[r]) in allowed, (r, x, y, boxes)
         positives[level] += 1
     assert len(found_labels) == sum(h * w for h, w in sizes)
     return positives
@@ -65,7 +66,7 @@ def check_assignment(sizes, boxes, labels, object_scale=1.0):
 def random_box(draw):
     """A tiny, ordinary, huge or bordering box on a grid of a quarter pixel, where all arithmetic is exact."""
     kind = draw.choice(("tiny", "ordinary", "ordinary", "huge", "border", "centred"))
-    longest = {"tiny": 3, "ordinary": 100, "huge": 2**draw.uniform(7, 11), "border": 60, "centred": 140}[kind]
+    longest = {"tiny": 3, "ordinary": 100, "huge": 2 ** draw.uniform(7, 11), "border": 60, "centred": 140}[kind]
     width, height = (draw.randint(1, int(4 * longest)) / 4 for _ in range(2))
     x, y = draw.randint(-40, 4 * 190) / 4, draw.randint(-40, 4 * 126) / 4
     if kind == "border":
@@ -113,7 +114,7 @@ def test_images_of_a_batch_are_assigned_on_their_own():
     boxes = [torch.tensor([random_box(draw) for _ in range(n)]).reshape(-1, 4) for n in (3, 0, 5)]
     labels = [torch.randint(CLASSES, (len(b),)) for b in boxes]
     together = head.assign(SIZES, boxes, labels)
-    assert together["labels"].shape == (3, 512) and together["boxes"].shape == (3, 512, 4)
+    assert together["labels"].shape == (3, 512) and together["distances"].shape == (3, 512, 4)
     for i in range(3):
         alone = head.assign(SIZES, boxes[i : i + 1], labels[i : i + 1])
         assert all(torch.equal(together[key][i], alone[key][0]) for key in together)
@@ -151,12 +152,12 @@ def test_outputs_equal_the_layers_applied_one_by_one():
                 norm = weights[f"{name}.{i + 1}.weight"], weights[f"{name}.{i + 1}.bias"]
                 y = F.group_norm(conv(f"{name}.{i}", y), 32, *norm).clamp(min=0)
             towers[name] = y
-        box = (scale * conv("box_pred", towers["box_tower"])).clamp(min=0)
-        level_maps.append((conv("cls_logits", towers["cls_tower"]), box, conv("centerness", towers["box_tower"])))
+        distances = (scale * conv("box_pred", towers["box_tower"])).clamp(min=0)
+        level_maps.append((conv("cls_logits", towers["cls_tower"]), distances, conv("centerness", towers["box_tower"])))
     for r, (level, stride, x, y) in enumerate(cells(SIZES)):
-        logits, box, centerness = (m[:, :, y // stride, x // stride] for m in level_maps[level])
+        logits, distances, centerness = (m[:, :, y // stride, x // stride] for m in level_maps[level])
         close = lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        close(outputs["logits"][:, r], logits), close(outputs["boxes"][:, r], box)
+        close(outputs["logits"][:, r], logits), close(outputs["distances"][:, r], distances)
         close(outputs["centerness"][:, r], centerness[:, 0])
     assert outputs["sizes"] == SIZES
 
@@ -170,7 +171,7 @@ def test_decoding_by_hand():
     outputs = {
         "logits": torch.tensor([[[logit(p) for p in row] for row in probability]]),
         "centerness": torch.tensor([[logit(c) for c in centerness]]),
-        "boxes": torch.tensor([distances]),
+        "distances": torch.tensor([distances]),
     }
     boxes, scores = new_head().decode(outputs | {"sizes": sizes}, slice(None))
     # Locations (4,4) and (12,4) of stride 8, then (8,8), (16,16), (32,32), (64,64) of 16, 32, 64, 128.
@@ -197,3 +198,100 @@ def test_every_group_of_a_norm_has_something_to_vary(channels):
     outputs = head([torch.randn(1, 8, 1, 1) for _ in range(5)])  # the smallest maps there are
     outputs["logits"].sum().backward()
     assert head.cls_tower[0].weight.grad.abs().sum() > 0, "a group of one channel would pass nothing on"
+
+
+# Losses, number by number.
+
+
+def giou_by_corners(predicted, target):
+    """GIoU with one unit added to intersection and union, of distances from the origin, by corners."""
+    a, b = ([-left, -top, right, bottom] for left, top, right, bottom in (predicted, target))
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
+    intersection = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
+    hull = area([min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])])
+    union = area(a) + area(b) - intersection
+    return (intersection + 1) / (union + 1) - (hull - union) / hull
+
+
+def centerness_by_formula(left, top, right, bottom):
+    return math.sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom))
+
+
+def focal_by_formula(logit, is_class):
+    probability = 1 / (1 + math.exp(-logit))
+    if is_class:
+        return -0.25 * (1 - probability) ** 2 * math.log(probability)
+    return -0.75 * probability**2 * math.log(1 - probability)
+
+
+def test_giou_loss_equals_the_formula():
+    torch.manual_seed(0)
+    predicted, target = torch.rand(200, 4, dtype=torch.float64) * 8, torch.rand(200, 4, dtype=torch.float64) * 8 + 0.01
+    predicted[0] = 0  # what ReLU leaves of a bad prediction
+    predicted[1] = target[1]
+    found = giou_loss(predicted, target)
+    expected = [1 - giou_by_corners(p, t) for p, t in zip(predicted.tolist(), target.tolist())]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert found[1].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_focal_loss_equals_the_formula_and_leaves_out_ignored_locations():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 50, CLASSES, dtype=torch.float64) * 4
+    labels = torch.randint(-1, CLASSES + 1, (2, 50))
+    expected = sum(
+        focal_by_formula(logits[n, r, k].item(), labels[n, r] == k)
+        for n in range(2) for r in range(50) for k in range(CLASSES) if labels[n, r] >= 0
+    )  # fmt: skip
+    assert {-1, CLASSES} < set(labels.flatten().tolist())
+    assert focal_loss(logits, labels).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_centerness_target_equals_the_formula():
+    distances = torch.rand(100, 4, dtype=torch.float64) + 0.01
+    expected = [centerness_by_formula(*d) for d in distances.tolist()]
+    torch.testing.assert_close(centerness_target(distances), torch.tensor(expected, dtype=torch.float64))
+    assert centerness_target(torch.tensor([2.0, 3, 2, 3])).item() == 1
+
+
+def random_targets_and_outputs(count):
+    """Half the locations positive with distances in strides, the others background with ones; and any outputs."""
+    torch.manual_seed(3)
+    shape = (count, 40)
+    labels = torch.where(torch.rand(shape) < 0.5, torch.randint(CLASSES, shape), CLASSES)
+    distances = torch.where((labels < CLASSES)[..., None], torch.rand(*shape, 4) * 6 + 0.1, 1.0)
+    outputs = {
+        "logits": torch.randn(*shape, CLASSES) * 3,
+        "distances": (torch.randn(*shape, 4) * 3).relu(),
+        "centerness": torch.randn(shape) * 2,
+    }
+    return {"labels": labels, "distances": distances}, outputs
+
+
+def test_losses_equal_the_formulas():
+    targets, outputs = random_targets_and_outputs(3)
+    targets["labels"][1] = CLASSES  # an image without a box among others
+    targets["distances"][1] = 1.0
+    found = new_head().losses(outputs, targets)
+
+    labels, wanted = targets["labels"].flatten().tolist(), targets["distances"].reshape(-1, 4).tolist()
+    logits, predicted = outputs["logits"].reshape(-1, CLASSES).tolist(), outputs["distances"].reshape(-1, 4).tolist()
+    centerness = outputs["centerness"].flatten().tolist()
+    positives = [r for r, label in enumerate(labels) if label < CLASSES]
+    assert 30 < len(positives) < len(labels) * 2 / 3
+    cls = sum(focal_by_formula(logits[r][k], labels[r] == k) for r in range(len(labels)) for k in range(CLASSES))
+    weights = {r: centerness_by_formula(*wanted[r]) for r in positives}
+    box = sum(weights[r] * (1 - giou_by_corners(predicted[r], wanted[r])) for r in positives)
+    bce = sum(math.log(1 + math.exp(centerness[r])) - weights[r] * centerness[r] for r in positives)
+    expected = {"cls": cls / len(positives), "box": box / sum(weights.values()), "centerness": bce / len(positives)}
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_without_boxes_is_pure_background():
+    head = new_head()
+    outputs = head([torch.randn(2, 32, h, w) for h, w in SIZES])
+    targets = head.assign(SIZES, [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.long)] * 2)
+    losses = head.losses(outputs, targets)
+    expected = sum(focal_by_formula(value, False) for value in outputs["logits"].flatten().tolist())
+    assert losses["cls"].item() == pytest.approx(expected, rel=1e-5)  # divided by 1, not by 0
+    assert losses["box"].item() == losses["centerness"].item() == 0

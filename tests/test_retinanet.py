@@ -6,14 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import tiny_config
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead as TorchvisionHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from helpers import tiny_config
 from msad import align
 from msad.models import build
 from msad.retinanet import RetinaNetHead
@@ -26,11 +24,6 @@ CODER = BoxCoder((1.0, 1.0, 1.0, 1.0))
 def make_head(object_scale=0.25, convs=1):
     torch.manual_seed(0)
     return RetinaNetHead(16, CLASSES, 16, convs, object_scale)
-
-
-def make_model(kind):
-    torch.manual_seed(0)
-    return build(tiny_config(kind, head="retinanet", short_side=64, long_side=128))
 
 
 def random_boxes(count, smallest, largest):
@@ -92,14 +85,14 @@ def test_targets_are_those_of_torchvisions_matcher_and_coder(seed):
         assert torch.equal(targets["labels"][i], expected)
         deltas = torch.zeros(len(anchors), 4)
         deltas[positive] = CODER.encode_single(boxes[i][matches[positive]], anchors[positive])
-        torch.testing.assert_close(targets["boxes"][i], deltas, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(targets["deltas"][i], deltas, rtol=1e-4, atol=1e-5)
 
 
 def test_five_anchors_by_hand():
     """IoU 1, 5/10, 4/10 and 1/10 with the first box; the last has 2/50 with the second, which has no better one."""
     anchors = [[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4], [9, 0, 10, 10], [100, 100, 105, 110]]
     anchors, boxes = torch.tensor(anchors), torch.tensor([[0.0, 0, 10, 10], [100, 100, 102, 101]])
-    labels, deltas = make_head()._assign_image(anchors, boxes, torch.tensor([2, 1]))
+    labels, deltas = make_head().assign_image(anchors, boxes, torch.tensor([2, 1]))
     assert labels.tolist() == [2, 2, -1, CLASSES, 1]
     # From (5, 2.5), 10 x 5 to (5, 5), 10 x 10; from (102.5, 105), 5 x 10 to (101, 100.5), 2 x 1.
     second, last = [0, 2.5 / 5, 0, math.log(10 / 5)], [-1.5 / 5, -4.5 / 10, math.log(2 / 5), math.log(1 / 10)]
@@ -111,80 +104,33 @@ def test_losses_are_torchvisions_over_the_whole_batch(seed):
     boxes, labels = random_images(seed)
     head = make_head()
     targets = head.assign(SIZES, boxes, labels)
-    logits, deltas = 3 * torch.randn(*targets["labels"].shape, CLASSES), torch.randn_like(targets["boxes"])
-    losses = head.losses({"logits": logits, "boxes": deltas}, targets)
+    logits, deltas = 3 * torch.randn(*targets["labels"].shape, CLASSES), torch.randn_like(targets["deltas"])
+    losses = head.losses({"logits": logits, "deltas": deltas}, targets)
     counted = targets["labels"] >= 0
     positive = counted & (targets["labels"] < CLASSES)
     one_hot = F.one_hot(targets["labels"][counted], CLASSES + 1)[:, :CLASSES].float()
     cls = sigmoid_focal_loss(logits[counted], one_hot, 0.25, 2, "sum")
-    box = F.smooth_l1_loss(deltas[positive], targets["boxes"][positive], beta=0.1, reduction="sum")
+    box = F.smooth_l1_loss(deltas[positive], targets["deltas"][positive], beta=0.1, reduction="sum")
     torch.testing.assert_close(losses["cls"], cls / positive.sum())
     torch.testing.assert_close(losses["box"], box / positive.sum())
 
 
 def test_losses_by_hand():
     """One positive, one ignored, one background anchor; three classes; probability 1/2 everywhere."""
-    targets = {"labels": torch.tensor([[0, -1, CLASSES]]), "boxes": torch.zeros(1, 3, 4)}
+    targets = {"labels": torch.tensor([[0, -1, CLASSES]]), "deltas": torch.zeros(1, 3, 4)}
     deltas = torch.tensor([[[0.05, -0.1, 0.5, 0.0], [9.0] * 4, [9.0] * 4]])
-    losses = make_head().losses({"logits": torch.zeros(1, 3, CLASSES), "boxes": deltas}, targets)
+    losses = make_head().losses({"logits": torch.zeros(1, 3, CLASSES), "deltas": deltas}, targets)
     # (1/2)^2 ln 2, weighted by 1/4 for the one true class and 3/4 for the five false ones.
     assert losses["cls"].item() == pytest.approx(0.25 * math.log(2) * (0.25 + 5 * 0.75))
     # Below beta the square over 2 beta, above it the distance less beta / 2.
     assert losses["box"].item() == pytest.approx(0.05**2 / 0.2 + (0.1 - 0.05) + (0.5 - 0.05))
 
 
-STRANGE_BOXES = {
-    "none": torch.zeros(0, 4),
-    "a point": torch.tensor([[20.0, 20, 20, 20]]),
-    "two lines, one on an object": torch.tensor([[8.0, 8, 24, 24], [8, 16, 24, 16], [90, 10, 90, 50]]),
-    "far outside": torch.tensor([[1e4, 1e4, 1.1e4, 1.1e4]]),
-    "an area beyond float32": torch.tensor([[-1e20, -1e20, 1e20, 1e20]]),
-    "thousands": torch.tensor([8.0, 8, 24, 30]) + torch.linspace(-20, 100, 3000)[:, None],
-}
-
-
-@pytest.mark.parametrize("name", STRANGE_BOXES)
-def test_strange_boxes_leave_losses_and_gradients_finite(name):
-    boxes, head = STRANGE_BOXES[name], make_head()
-    targets = head.assign(SIZES, [boxes], [torch.ones(len(boxes), dtype=torch.long)])
-    losses = head.losses(head([torch.randn(1, 16, h, w) for h, w in SIZES]), targets)
-    sum(losses.values()).backward()
-    for values in (targets["boxes"], *losses.values(), *(p.grad for p in head.parameters())):
-        assert values.isfinite().all()
-
-
 def test_a_box_without_area_takes_no_anchor():
     """torchvision's matcher would give it all of them: none is better than the others."""
-    boxes = STRANGE_BOXES["two lines, one on an object"]
+    boxes = torch.tensor([[8.0, 8, 24, 24], [8, 16, 24, 16], [90, 10, 90, 50]])  # an object and two lines, one on it
     labels = make_head().assign(SIZES, [boxes, boxes[:1]], [torch.tensor([1, 2, 2]), torch.tensor([1])])["labels"]
     assert torch.equal(labels[0], labels[1]) and set(labels[0].tolist()) == {1, CLASSES}
-
-
-class LargestTensor(TorchDispatchMode):
-    numel = 0  # of the largest tensor made
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel] + [x.numel() for x in tree_leaves(result) if torch.is_tensor(x)])
-        return result
-
-
-def test_the_memory_of_assignment_does_not_grow_with_the_number_of_boxes():
-    few, many = LargestTensor(), LargestTensor()
-    for mode, count in ((few, 32), (many, 3000)):
-        boxes, labels = torch.zeros(count, 4), torch.zeros(count, dtype=torch.long)
-        with mode:
-            make_head().assign(SIZES, [boxes], [labels])
-    assert few.numel == many.numel
-
-
-def test_training_never_asks_for_a_number():
-    """Tensors on the meta device have no content: a step that waits for some, or masks by it, raises there."""
-    head = make_head().to("meta")
-    boxes, labels = torch.empty(5, 4, device="meta"), torch.empty(5, dtype=torch.long, device="meta")
-    targets = head.assign(SIZES, [boxes, boxes[:0]], [labels, labels[:0]])
-    losses = head.losses(head([torch.empty(2, 16, h, w, device="meta") for h, w in SIZES]), targets)
-    sum(losses.values()).backward()
-    assert all(p.grad.is_meta for p in head.parameters())
 
 
 def test_forward_is_torchvisions_with_the_same_weights():
@@ -196,7 +142,7 @@ def test_forward_is_torchvisions_with_the_same_weights():
     pyramid = [torch.randn(2, 16, h, w) for h, w in SIZES]
     outputs, expected = head(pyramid), other(pyramid)
     torch.testing.assert_close(outputs["logits"], expected["cls_logits"])
-    torch.testing.assert_close(outputs["boxes"], expected["bbox_regression"])
+    torch.testing.assert_close(outputs["deltas"], expected["bbox_regression"])
 
 
 def test_a_new_head_is_small_and_gives_every_class_the_prior():
@@ -213,40 +159,22 @@ def test_decoding_is_torchvisions_with_scores_above_the_threshold():
     anchors = head.anchor_boxes(SIZES)
     logits, deltas = 3 * torch.randn(2, len(anchors), CLASSES), 3 * torch.randn(2, len(anchors), 4)
     assert (deltas[..., 2:] > math.log(1000 / 16)).any()  # some reach the largest ratio
-    boxes, scores = head.decode({"logits": logits, "boxes": deltas, "sizes": SIZES}, slice(None))
+    boxes, scores = head.decode({"logits": logits, "deltas": deltas, "sizes": SIZES}, slice(None))
     torch.testing.assert_close(boxes, CODER.decode(deltas, [anchors, anchors]).view(2, -1, 4))
     assert torch.equal(scores, F.threshold(logits.sigmoid(), 0.05, 0.0)) and (scores == 0).any() and (scores > 0).any()
     some = torch.rand(len(anchors)) < 0.1
-    part = head.decode({"logits": logits[1, some], "boxes": deltas[1, some], "sizes": SIZES}, some)
+    part = head.decode({"logits": logits[1, some], "deltas": deltas[1, some], "sizes": SIZES}, some)
     assert part[0].equal(boxes[1, some]) and part[1].equal(scores[1, some])
 
 
 def test_decoding_the_targets_gives_the_boxes_back():
     """Through the whole of post-processing: every object is found once, where it is, with its label."""
     boxes = torch.tensor([[4.0, 4, 30, 34], [40.5, 40, 48.5, 49], [60, 10, 110, 50]])
-    model = make_model("high")
+    model = build(tiny_config("high", head="retinanet"))
     targets = model.head.assign(SIZES, [boxes], [torch.arange(CLASSES)])
     logits = torch.where(targets["labels"][..., None] == torch.arange(CLASSES), 5.0, -9.0)
-    outputs = {"logits": logits, "boxes": targets["boxes"], "sizes": SIZES}
+    outputs = {"logits": logits, "deltas": targets["deltas"], "sizes": SIZES}
     (found,) = model.postprocess(outputs, "high", [(64, 128)], [(64, 128)])
     order = found["labels"].argsort()
     assert found["labels"][order].tolist() == [0, 1, 2]
     torch.testing.assert_close(found["boxes"][order], boxes, rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["high", "low", "teacher", "conventional"])
-def test_every_model_trains_and_detects(kind):
-    model = make_model(kind).train()
-    boxes, labels = [torch.tensor([[4.0, 4, 40, 44]]), torch.zeros(0, 4)], [torch.tensor([1]), torch.zeros(0).long()]
-    _, outputs = model(torch.randn(2, 3, 32, 64) if model.scale == 2 else torch.randn(2, 3, 64, 128))
-    losses = model.losses(outputs, boxes, labels)
-    assert losses.keys() == {f"{branch}/{part}" for branch in model.branches for part in ("cls", "box")}
-    sum(losses.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.head.parameters())
-
-    torch.nn.init.constant_(model.head.cls_logits.bias, 0.0)  # so that there is something to find
-    model.eval()
-    for branch in model.branches:
-        (found,) = model.detect([torch.rand(3, 30, 50)], branch)
-        assert 0 < len(found["boxes"]) <= 100 and (found["scores"] > 0.05).all()
-        assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([50.0, 30, 50, 30]) + 1e-3).all()

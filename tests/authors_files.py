@@ -186,13 +186,13 @@ class Network:
         return x
 
     def predict(self, maps):
-        """Five maps -> per level logits (N,80,h,w), boxes (N,4,h,w) and centerness (N,1,h,w)."""
-        found = {"logits": [], "boxes": [], "centerness": []}
+        """Five maps -> per level logits (N,80,h,w), distances (N,4,h,w) and centerness (N,1,h,w)."""
+        found = {"logits": [], "distances": [], "centerness": []}
         for level, x in enumerate(maps):
             box = self.tower(x, "bbox_tower")
             found["logits"].append(self.conv(self.tower(x, "cls_tower"), f"{self.head}.cls_logits"))
             scale = self.state[f"{self.head}.scales.{level}.scale"]
-            found["boxes"].append(F.relu(scale * self.conv(box, f"{self.head}.bbox_pred")))
+            found["distances"].append(F.relu(scale * self.conv(box, f"{self.head}.bbox_pred")))
             found["centerness"].append(self.conv(box, f"{self.head}.ctrness"))
         return found
 

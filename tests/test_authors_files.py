@@ -1,21 +1,17 @@
-"""Weights from elsewhere: made-up files against the networks they stand for, computed the plain way."""
+"""Weights from elsewhere: made-up files against the networks they stand for, computed the plain way; and for files that
+cannot be used a line that says which tensor does not fit, or what is wrong."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from authors_files import WIDTHS, Network, authors_input, empty_state, random_state
 from helpers import tiny_model
-from official_files import WIDTHS, Network, authors_input, empty_state, random_state
 
-import distill
-from msad import align, checkpoint, official
-from msad.resnet import ResNet
+from msad import InputError, align, checkpoint, settings
 
 SIZES = [(128, 150), (101, 192)]  # of two images in a batch of 128x192
 
@@ -27,7 +23,14 @@ def images():
 
 
 def model_of(state, want=None):
-    return checkpoint.restore(official.translate(state, "a.pth", want), "a.pth")
+    return checkpoint.restore(checkpoint.from_authors(state, "a.pth", want), "a.pth")
+
+
+def counted(capsys):
+    """The numbers of tensors in the only line that was printed: the used ones, and those dropped for each reason."""
+    printed = capsys.readouterr().out
+    assert printed.startswith("weights   ") and printed.count("\n") == 1
+    return [int(n) for n in re.findall(r"(\d+) (?:tensors|\()", printed)]
 
 
 def assert_close(ours, theirs):
@@ -43,7 +46,7 @@ def assert_branch_agrees(pyramid, outputs, maps, network):
         assert_close(ours, theirs)
     predictions = network.predict(maps)
     cells = [x.shape[-2] * x.shape[-1] for x in maps]
-    for name, channels in (("logits", 80), ("boxes", 4), ("centerness", 1)):
+    for name, channels in (("logits", 80), ("distances", 4), ("centerness", 1)):
         for ours, theirs in zip(outputs[name].split(cells, dim=1), predictions[name], strict=True):
             assert_close(ours.reshape(len(ours), -1, channels), theirs.flatten(2).transpose(1, 2))
 
@@ -84,54 +87,42 @@ def test_a_student_computes_what_the_authors_slimmable_network_does(images, widt
 def test_a_slimmable_imagenet_backbone_computes_what_it_does_in_the_authors_detectors(images, width, tmp_path, capsys):
     state = random_state("imagenet", width)
     torch.save({"model": state}, tmp_path / "a.pt")
-    backbone = ResNet("resnet50", width).eval()
-    line = official.load_backbone(backbone, settings(tmp_path / "a.pt", "resnet50", width))
+    model = tiny_model("high", backbone="resnet50", width=width)
+    checkpoint.load_backbone(model, str(tmp_path / "a.pt"))
     plain = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    ours = backbone(tiny_model("high").normalize(images, SIZES))
+    ours = model.backbone(model.normalize(images, SIZES))
     theirs = Network(plain, "", width).features(authors_input(images, SIZES), "features")
     for our, their in zip(ours, theirs, strict=True):
         assert_close(our, their)
-    assert "318 tensors used; dropped: 795 (other widths' BatchNorm), 2 (the classifier)" in line
-    assert capsys.readouterr().out == f"weights   {line}\n"
-
-
-def settings(weights, backbone="resnet18", width=1.0):
-    return SimpleNamespace(weights=str(weights), backbone=backbone, width=width)
+    assert counted(capsys) == [318, 795, 2]  # other widths' BatchNorm, and the classifier, are dropped
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("source", ["a file", "an old file", "a download"])
-def test_torchvision_weights_compute_what_torchvision_does(source, images, tmp_path, monkeypatch):
+def test_torchvision_weights_compute_what_torchvision_does(source, images, tmp_path, monkeypatch, capsys):
     theirs = torchvision.models.resnet18().eval()
     state = theirs.state_dict()
     if source == "an old file":  # those of the first releases of torchvision are without counters
         state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "a.pth")
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: {"resnet18": theirs}[name])
-    ours = ResNet("resnet18").eval()
-    line = official.load_backbone(ours, settings("imagenet" if source == "a download" else tmp_path / "a.pth"))
-    assert f"{len(state) - 2} tensors used; dropped: 2 (the classifier)" in line
+    model = tiny_model("high", width=1.0)
+    checkpoint.load_backbone(model, "imagenet" if source == "a download" else str(tmp_path / "a.pth"))
+    assert counted(capsys) == [len(state) - 2, 2]  # the classifier is dropped
 
     x = images / 255
-    maps = ours(x)
+    maps = model.backbone(x)
     y = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
     for layer, found in zip((theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), maps, strict=True):
         y = layer(y)
-        assert torch.equal(found, y)
-
-
-def test_no_weights_leave_the_backbone_as_it_is():
-    backbone = ResNet("resnet18", 0.25)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    assert official.load_backbone(backbone, settings("none")) is None
-    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+        torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-5)
 
 
 def test_the_teacher_of_a_students_file_is_the_one_of_a_teachers_file():
     student = random_state("student", 0.25, only="T_")
     teacher = {name: tensor for name, tensor in student.items() if not name.startswith("S_")}
-    found = official.translate(student, "a.pth", want="teacher")
-    alone = official.translate(teacher, "a.pth")
+    found = checkpoint.from_authors(student, "a.pth", want="teacher")
+    alone = checkpoint.from_authors(teacher, "a.pth")
     assert found["config"] == alone["config"] and found["config"].kind == "teacher"
     assert found["model"].keys() == alone["model"].keys()
     assert all(torch.equal(tensor, alone["model"][name]) for name, tensor in found["model"].items())
@@ -155,15 +146,16 @@ def test_files_are_recognised_by_what_is_in_them(kind, layout, tmp_path, capsys)
 
 
 def test_the_classes_are_those_of_coco():
-    ids = {c["id"]: c["name"] for c in official.COCO}
+    classes = checkpoint.from_authors(empty_state("teacher"), "a.pth")["config"].classes
+    ids = {c["id"]: c["name"] for c in classes}
     assert list(ids) == sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
     assert [ids[i] for i in (1, 3, 13, 44, 90)] == ["person", "car", "stop sign", "bottle", "toothbrush"]
-    assert len(set(ids.values())) == 80
+    assert len(set(ids.values())) == len(classes) == 80
 
 
 def test_the_width_is_told_by_the_shapes():
     for width in WIDTHS:
-        assert official.translate(empty_state("teacher", width), "a.pth")["config"].width == width
+        assert checkpoint.from_authors(empty_state("teacher", width), "a.pth")["config"].width == width
 
 
 @pytest.mark.parametrize(
@@ -174,29 +166,113 @@ def test_the_width_is_told_by_the_shapes():
         ("student", "teacher", [381, 795, 1174]),
     ],
 )
-def test_the_summary_accounts_for_every_tensor(kind, want, parts):
+def test_the_printed_line_accounts_for_every_tensor(kind, want, parts, capsys):
     state = empty_state(kind)
-    summary = official.translate(state, "a.pth", want)["summary"]
-    assert "\n" not in summary
-    assert [int(n) for n in re.findall(r"(\d+) (?:tensors|\()", summary)] == parts
-    assert sum(parts) == len(state)
+    checkpoint.from_authors(state, "a.pth", want)
+    assert counted(capsys) == parts and sum(parts) == len(state)
 
 
 def test_distillation_can_start_from_the_teacher_in_a_students_file(tmp_path):
     torch.save(empty_state("student", 0.5), tmp_path / "a.pth")
-    found, teacher = distill.student_settings({"teacher": str(tmp_path / "a.pth")})
-    assert teacher.config.kind == "teacher"
-    assert (found.backbone, found.width, found.pad, found.downsample) == ("resnet50", 0.5, 256, "nearest")
+    content = checkpoint.read(tmp_path / "a.pth", want="teacher")
+    assert content["config"].kind == "teacher"
+    inherited = settings.inherit(content, tmp_path / "a.pth")
+    expected = {"backbone": "resnet50", "width": 0.5, "pad": 256, "downsample": "nearest", "test_side": 800}
+    assert inherited.items() >= expected.items() and "data" not in inherited
 
 
-def test_the_converter_writes_a_checkpoint_that_loads_as_the_same_model(tmp_path):
+def test_a_file_of_theirs_can_be_saved_as_one_of_ours(tmp_path):
     source, target = tmp_path / "a.pth", tmp_path / "b.pt"
     torch.save({"model": random_state("teacher", 0.25)}, source)
-    command = [sys.executable, "-m", "msad.official", str(source), str(target)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{source}: the authors' teacher, width 0.25: 381 tensors used; dropped: ")
-    before, after = checkpoint.load(source), checkpoint.load(target)
+    before = checkpoint.load(source)
+    checkpoint.save(target, before)
+    after = checkpoint.load(target)
     assert after.config == before.config
     assert after.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in after.state_dict().items())
+
+
+# Files that cannot be used.
+
+
+@pytest.mark.parametrize("prefix", ["T_", "S_"])
+@pytest.mark.parametrize("fault", ["missing", "unknown", "wrong shape", "no tensor"])
+def test_a_tensor_that_does_not_fit_is_named(prefix, fault):
+    state = empty_state("student")
+    name = f"{prefix}backbone.bottom_up.features.7.body.4.bn.2.running_mean"
+    if fault == "missing":
+        del state[name]
+    elif fault == "unknown":
+        name = f"{prefix}backbone.fpn_lateral6.weight"
+        state[name] = torch.zeros(1)
+    else:
+        state[name] = torch.zeros(97) if fault == "wrong shape" else [0.0] * 96
+    message = re.escape(f"a.pth: the authors' student, width 0.25: tensor {name} is ")
+    with pytest.raises(InputError, match=message) as error:
+        checkpoint.from_authors(state, "a.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lateral", [None, torch.zeros(256, 100, 1, 1), torch.zeros(64), "text"])
+def test_a_file_of_no_known_width_is_refused(lateral):
+    name = "T_backbone.fpn_lateral2.weight"
+    state = empty_state("teacher") | {name: lateral}
+    with pytest.raises(InputError, match=name):
+        checkpoint.from_authors({k: v for k, v in state.items() if v is not None}, "a.pth")
+
+
+def test_only_the_counters_of_batchnorm_may_be_missing():
+    state = {n: tensor for n, tensor in empty_state("student").items() if not n.endswith("num_batches_tracked")}
+    assert model_of(state).config.kind == "low"
+
+
+class Code:
+    """Something that only code could restore."""
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"model": Code()}, "refused"),
+        ([1, 2], "holds no weights"),
+        ({1: torch.zeros(1)}, "holds no weights"),
+        ({"model": {"conv1.weight": torch.zeros(1)}}, "neither a checkpoint of this program nor"),
+        (empty_state("imagenet"), "neither a checkpoint of this program nor .* --weights FILE --width W"),
+    ],
+)
+def test_what_is_no_detector_is_refused_in_one_line(content, message, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=f"a.pth: {message}") as error:
+        checkpoint.load(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, backbone, message",
+    [
+        ({"model": Code()}, "resnet50", "refused"),
+        (empty_state("teacher"), "resnet50", "holds a detector"),
+        (empty_state("imagenet"), "resnet18", "holds a slimmable resnet50, not a resnet18"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "resnet18", "width 0.25: tensor bn1.weight is missing"),
+        (torchvision.models.resnet18().state_dict(), "resnet18", r"conv1.weight is \(64, .* must be \(16, 3, 7, 7\)"),
+        (empty_state("imagenet") | {"module.neck": torch.zeros(1)}, "resnet50", "slimmable .* neck is unknown"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line_and_change_nothing(content, backbone, message, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    model = tiny_model("high", backbone=backbone)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=f"a.pth: .*{message}") as error:
+        checkpoint.load_backbone(model, str(tmp_path / "a.pth"))
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_failed_download_is_an_error_of_one_line(monkeypatch):
+    def fail(name, weights):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "get_model", fail)
+    with pytest.raises(InputError, match="resnet18 cannot be downloaded .*no route to host.*--weights FILE") as error:
+        checkpoint.load_backbone(tiny_model("high"), "imagenet")
+    assert "\n" not in str(error.value)

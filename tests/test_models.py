@@ -1,0 +1,232 @@
+"""The detectors: what reaches the network, pyramids to losses for every kind and head, and a head nobody has seen."""
+
+import pytest
+import torch
+from folders import draw_rectangles
+from helpers import tiny_config, tiny_model, total
+from torch import nn
+
+import msad
+from msad import align, annotations, checkpoint, distillation, evaluation, heads, models
+from msad.data import CocoDataset
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BOXES = [torch.tensor([[10.0, 20, 60, 90], [30, 30, 45, 50]]), torch.zeros(0, 4)]
+LABELS = [torch.tensor([1, 2]), torch.zeros(0, dtype=torch.long)]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_normalisation_and_padding_by_hand(kind):
+    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)  # not zero in the padding either
+    images, sizes = pixels if kind == "uint8" else pixels / 255, [(64, 50), (3, 64)]
+    before = images.clone()
+    found = tiny_model("high").normalize(images, sizes)
+    assert found.shape == pixels.shape and found.dtype == torch.float32 and images.equal(before)
+    for n, c, y, x in [(0, 0, 0, 0), (0, 1, 63, 49), (0, 2, 63, 50), (1, 0, 2, 63), (1, 1, 3, 0), (1, 2, 63, 63)]:
+        inside = y < sizes[n][0] and x < sizes[n][1]
+        expected = (pixels[n, c, y, x].item() / 255 - MEAN[c]) / STD[c] if inside else 0
+        assert found[n, c, y, x].item() == pytest.approx(expected, abs=1e-5)
+    assert not found[0, :, :, 50:].any() and not found[1, :, 3:].any()
+
+
+@pytest.mark.parametrize(
+    "kind, size, padded",
+    [("high", (128, 192), (128, 192)), ("high", (100, 150), (128, 192)), ("high", (300, 90), (256, 128)),
+     ("low", (128, 192), (64, 96)), ("low", (101, 203), (64, 128)), ("low", (300, 90), (128, 64))],
+)  # fmt: skip
+def test_images_are_resized_and_padded_to_what_the_model_is_made_for(kind, size, padded):
+    model = tiny_model(kind)
+    inputs = []
+    model.backbone.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    image = torch.tensor(MEAN).view(3, 1, 1).expand(3, *size) + torch.tensor(STD).view(3, 1, 1)
+    model.detect([image])
+    assert [tuple(x.shape) for x in inputs] == [(1, 3, *padded)]
+    high = (128, size[1] * 128 // size[0]) if size[0] < size[1] else (256, 90 * 256 // 300)
+    if size == (101, 203):
+        high = (101 * 256 // 203, 256)
+    height, width = high if kind == "high" else (-(-high[0] // 2), -(-high[1] // 2))
+    expected = torch.zeros(padded)
+    expected[:height, :width] = 1  # one standard deviation above the mean, and the mean in the padding
+    torch.testing.assert_close(inputs[0], expected.expand(1, 3, -1, -1), rtol=0, atol=1e-4)
+
+
+def test_the_multiple_of_the_padding_is_a_setting():
+    for pad, expected in ((64, (128, 192)), (256, (256, 256))):
+        assert tiny_model("teacher", pad=pad).padded_size((128, 180)) == expected
+        assert tiny_model("low", pad=pad).padded_size((64, 90)) == tuple(side // 2 for side in expected)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "conventional", "low"])
+@torch.no_grad()
+def test_predicting_all_branches_at_once_equals_the_head_on_each(kind):
+    model = tiny_model(kind)
+    pyramids, outputs = model(torch.randn(2, 3, 64, 128))
+    assert outputs.keys() == pyramids.keys() == set(model.branches)
+    for branch, maps in pyramids.items():
+        alone = model.head(maps)
+        assert outputs[branch].keys() == alone.keys() == {"logits", "distances", "centerness", "sizes"}
+        assert outputs[branch]["sizes"] == alone["sizes"] == [tuple(m.shape[-2:]) for m in maps]
+        for key in alone.keys() - {"sizes"}:
+            torch.testing.assert_close(outputs[branch][key], alone[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", models.HEADS)
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_every_model_trains_with_and_without_boxes_and_detects(kind, head):
+    torch.manual_seed(0)
+    model = models.build(tiny_config(kind, head=head, short_side=64, long_side=128)).train()
+    parts = {"cls", "box", "centerness"} if head == "fcos" else {"cls", "box"}
+    for boxes, labels in ((BOXES, LABELS), (BOXES[1:] * 2, LABELS[1:] * 2)):
+        _, outputs = model(torch.randn(2, 3, 64, 64) if kind == "low" else torch.randn(2, 3, 128, 128))
+        losses = model.losses(outputs, boxes, labels)
+        assert losses.keys() == set(model.branches) and all(found.keys() == parts for found in losses.values())
+        model.zero_grad()
+        total(losses).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        if len(boxes[0]):
+            assert all(value > 0 for found in losses.values() for value in found.values())
+
+    nn.init.constant_(model.head.cls_logits.bias, 0.0)  # so that there is something to find
+    model.eval()
+    for branch in model.branches:
+        (found,) = model.detect([torch.rand(3, 30, 50)], branch)
+        assert 0 < len(found["boxes"]) <= 100 and (found["scores"] > 0.05).all()
+        assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([50.0, 30, 50, 30]) + 1e-3).all()
+
+
+@torch.no_grad()
+def test_the_conventional_low_branch_is_a_detector_of_half_the_image_in_its_own_pixels():
+    both = tiny_model("conventional")
+    alone = models.build(tiny_config("high")).eval()
+    alone.load_state_dict(both.state_dict())
+    images = torch.rand(2, 3, 128, 256)
+    half = images.view(2, 3, 64, 2, 128, 2).mean((3, 5))
+    losses = both.losses(both(images)[1], BOXES, LABELS)
+    assert list(losses) == ["high", "low"]
+    for branch, pixels, boxes in (("high", images, BOXES), ("low", half, [b / 2 for b in BOXES])):
+        expected = alone.losses(alone(pixels)[1], boxes, LABELS)["high"]
+        assert expected["box"] > 0 and losses[branch].keys() == expected.keys()
+        for part, value in expected.items():
+            torch.testing.assert_close(losses[branch][part], value, rtol=1e-4, atol=1e-5)
+
+    (found,) = both.detect(images[:1], "low", resize=False)  # boxes are in the pixels of the image that was given
+    (expected,) = alone.detect(half[:1], resize=False)
+    assert len(found["scores"]) > 10
+    torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["boxes"], expected["boxes"] * 2, rtol=1e-3, atol=1e-2)
+
+
+def test_one_image_of_the_smallest_size_cannot_be_trained_on():
+    for images in (torch.randn(1, 3, 32, 32), torch.randn(1, 3, 31, 33)):
+        with pytest.raises(msad.InputError, match="one image of 3[12]x3[23] is too little for BatchNorm"):
+            tiny_model("low").train()(images)
+    tiny_model("low").train()(torch.randn(2, 3, 32, 32)), tiny_model("low")(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "conventional", "low"])
+@torch.no_grad()
+def test_the_memory_layout_changes_nothing(kind):
+    model = tiny_model(kind)
+    assert model.backbone.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.normalize(torch.rand(2, 3, 64, 64), []).is_contiguous(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 128, 192)
+    _, last = model(images.contiguous(memory_format=torch.channels_last))
+    _, first = model.to(memory_format=torch.contiguous_format)(images)
+    for branch in model.branches:
+        for key in ("logits", "distances", "centerness"):
+            torch.testing.assert_close(last[branch][key], first[branch][key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, backbone", [("teacher", "resnet18"), ("conventional", "resnet50"), ("low", "resnet50")])
+def test_folding_batchnorm_changes_nothing_but_the_work(kind, backbone):
+    batchnorm = nn.modules.batchnorm._BatchNorm
+    model = tiny_model(kind, backbone=backbone)
+    if kind == "teacher":  # as of a run on several GPUs
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    folded = model.train().folded()
+    assert model.training and any(isinstance(module, batchnorm) for module in model.modules())
+    model.eval()
+    assert not any(isinstance(module, batchnorm) for module in folded.modules()) and not folded.training
+    assert folded.backbone.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 128, 192)
+    with torch.no_grad():
+        (pyramids, outputs), (expected, expected_outputs) = folded(images), model(images)
+    for branch in model.branches:
+        for level, wanted in zip(pyramids[branch], expected[branch], strict=True):
+            assert (level - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        for key in ("logits", "distances", "centerness"):
+            torch.testing.assert_close(outputs[branch][key], expected_outputs[branch][key], rtol=1e-3, atol=1e-3)
+
+
+class CenterHead(nn.Module):
+    """Finds an object at the cell of its centre, on the finest level only."""
+
+    anchors = 1
+    nms_threshold = 0.5
+    channel_multiple = 1
+
+    def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
+        super().__init__()
+        self.classes = classes
+        self.output = nn.Conv2d(in_channels, classes + 4, 1)
+
+    def forward(self, pyramid):
+        x = torch.cat([heads.flatten_cells(self.output(level), self.classes + 4) for level in pyramid], 1).float()
+        sizes = [tuple(level.shape[-2:]) for level in pyramid]
+        return {"logits": x[..., : self.classes], "sides": x[..., self.classes :].exp(), "sizes": sizes}
+
+    def assign(self, sizes, boxes, labels):
+        corners, _ = align.cells(sizes)
+        hot, near = torch.zeros(len(boxes), len(corners), self.classes), torch.ones(len(boxes), len(corners), 4)
+        for i, (b, l) in enumerate(zip(boxes, labels)):
+            x, y = (b[:, :2] + b[:, 2:]).div(16).long().unbind(1)
+            cells = y.clamp(max=sizes[0][0] - 1) * sizes[0][1] + x.clamp(max=sizes[0][1] - 1)
+            hot[i, cells, l] = 1
+            near[i, cells] = heads.boxes_to_distances(corners[cells] + 4, b).clamp(min=1) / 8
+        return {"hot": hot, "near": near}
+
+    def losses(self, outputs, targets):
+        box = (outputs["sides"] - targets["near"]).abs().mean(-1) * targets["hot"].amax(-1)
+        cls = nn.functional.binary_cross_entropy_with_logits(outputs["logits"], targets["hot"], reduction="none")
+        return {"cls": cls.sum() / targets["hot"].sum(), "box": box.sum() / targets["hot"].sum()}
+
+    def decode(self, outputs, where):
+        corners = align.cells(outputs["sizes"])[0][where]
+        scores = outputs["logits"].sigmoid()
+        return heads.distances_to_boxes(corners + 4, outputs["sides"] * 8), torch.where(scores > 0.05, scores, 0.0)
+
+
+def test_a_head_that_only_the_table_of_heads_knows_works_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.HEADS, "center", CenterHead)
+    torch.manual_seed(0)
+    teacher = models.build(tiny_config("teacher", head="center"))
+    student = models.build(tiny_config("low", head="center"))
+    assert distillation.start_from(student, teacher).endswith("new nothing")
+    images = torch.randn(2, 3, 128, 128)
+    boxes, labels = [torch.tensor([[20.0, 30, 60, 70]])] * 2, [torch.tensor([1])] * 2
+
+    for model in (teacher, models.build(tiny_config("conventional", head="center"))):
+        _, outputs = model(images)
+        losses = model.losses(outputs, boxes, labels)
+        assert losses.keys() == set(model.branches) and all(parts.keys() == {"cls", "box"} for parts in losses.values())
+        total(losses).backward()
+        assert all(p.grad is not None for p in model.head.parameters())
+
+    frozen, optimizer = distillation.freeze(teacher), torch.optim.AdamW(student.parameters(), lr=3e-3)
+    first = None
+    for _ in range(30):
+        pyramids, outputs = student(align.downsample(images))
+        kd = distillation.pyramid_l1(pyramids["low"], frozen.pyramids(images, ["fused"])["fused"])
+        loss = total(student.losses(outputs, boxes, labels)) + distillation.WEIGHT * kd
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < first / 2
+
+    checkpoint.save(tmp_path / "student.pt", student)
+    loaded = msad.load(tmp_path / "student.pt")
+    found = annotations.read(draw_rectangles(tmp_path / "data", {"val": 3}), "val")
+    results = evaluation.evaluate(loaded, CocoDataset(found, (128,), 256, "area"), ["low"], batch=2)
+    assert 0 <= results["low"][0]["AP"] <= 1 and any(len(d["scores"]) for _, d in results["low"][1])
