@@ -1,19 +1,22 @@
-"""What is drawn: boxes where they belong, readable tags, a panel for each branch; and results for anyone's pictures."""
+"""What is drawn: which boxes, where and in what colour, a labelled panel for each branch, the curve of a run; and results
+for anyone's pictures."""
 
 import contextlib
 import io
 import json
 from dataclasses import replace
 
+import distill
 import evaluate
 import numpy as np
 import pytest
 import torch
-from folders import draw_rectangles, noise
+import train
+from folders import draw_rectangles, noise, random_content, write
 from helpers import CLASSES, tiny_model
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
-from scripts import call, complaint, succeed
+from scripts import TINY, call, complaint, succeed
 
 from msad import annotations, checkpoint, pictures
 from msad.data import read_image
@@ -36,8 +39,9 @@ def written(monkeypatch):
 
 
 def found(*boxes, labels=None, scores=None):
-    content = {"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels or [0] * len(boxes))}
-    return content | ({"scores": torch.tensor(scores)} if scores else {})
+    labels = torch.tensor(labels or [0] * len(boxes), dtype=torch.long)
+    content = {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": labels}
+    return content if scores is None else content | {"scores": torch.tensor(scores)}
 
 
 def picture_of(panel, height=512):
@@ -49,13 +53,28 @@ def picture_of(panel, height=512):
 def test_a_box_lands_where_it_was_put_in_the_colour_of_its_class(label):
     pixels = picture_of(pictures.panel(GREY, found([8, 20, 32, 40], labels=[label]), CLASSES, "here"))
     assert pixels.shape == (512, 384, 3)
-    # The box is 64 to 256 by 160 to 320; its line is two pixels wide, between dark ones.
-    ink = (pixels == pictures.color(label)).all(2)
-    y, x = np.nonzero(ink[160:])  # the tag is above
-    assert (x.min(), x.max(), y.min(), y.max()) == (64, 255, 0, 159)
-    assert ink[240].nonzero()[0].tolist() == [64, 65, 254, 255] and ink[160:162, 64:256].all()
-    assert (pixels[240, [63, 66, 253, 256]] < 100).all()
-    assert (pixels[166:316, 70:250] == 128).all() and (pixels[:, 300:] == 128).all() and (pixels[330:] == 128).all()
+    # The box is 64 to 256 by 160 to 320, both ends included; its line is two pixels wide, its name within.
+    color = pictures.color(label)
+    y, x = np.nonzero((pixels == color).all(2))
+    assert (x.min(), x.max(), y.min(), y.max()) == (64, 256, 160, 320)
+    border = np.concatenate([pixels[160:321, [64, 65, 255, 256]].ravel(), pixels[[160, 161, 319, 320], 64:257].ravel()])
+    assert (border.reshape(-1, 3) == color).all()
+    outside = np.ones((512, 384), bool)
+    outside[160:321, 64:257] = False
+    assert (pixels[outside] == 128).all() and (pixels[200:319, 66:255] == 128).all()
+
+
+@pytest.mark.parametrize("height, width", [(64, 48), (1000, 700), (300, 600), (1, 50), (50, 1), (1, 1)])
+def test_boxes_are_scaled_with_their_picture(height, width):
+    image = torch.full((3, height, width), 128, dtype=torch.uint8)
+    box = [width / 4, height / 4, width / 2, height / 2]
+    scale = 512 / max(height, width)
+    rows, columns = (max(1, round(side * scale)) for side in (height, width))
+    pixels = picture_of(pictures.panel(image, found(box), [{"id": 1, "name": ""}], ""), rows)
+    assert pixels.shape == (rows, columns, 3)
+    y, x = np.nonzero((pixels == pictures.color(0)).all(2))
+    assert (x.min(), y.min()) == (columns // 4, rows // 4)
+    assert 0 <= x.max() - columns // 2 <= 2 and 0 <= y.max() - rows // 2 <= 2
 
 
 def test_names_and_scores_are_written_and_what_is_below_the_threshold_is_not(written):
@@ -63,37 +82,47 @@ def test_names_and_scores_are_written_and_what_is_below_the_threshold_is_not(wri
     low = pictures.panel(GREY, found(*boxes, labels=[0, 2], scores=[0.91, 0.29]), CLASSES, "here", 0.3)
     assert sorted(written) == ["disk 0.91", "here"]
     written.clear()
-    alone = pictures.panel(GREY, found(boxes[0], scores=[0.91]), CLASSES, "here", 0.3)
-    assert np.array_equal(low, alone)
-    pictures.panel(GREY, found(*boxes, labels=[0, 2]), CLASSES, "here", 0.3)
-    assert sorted(written)[:2] == ["disk", "disk 0.91"] and "frame" in written, "the truth has no scores"
+    alone = pictures.panel(GREY, found(boxes[0], scores=[0.91]), CLASSES, "here", 0.91)
+    assert np.array_equal(low, alone), "the threshold itself is drawn"
+    written.clear()
+    pictures.panel(GREY, found(*boxes, labels=[0, 2]), CLASSES, "here", 0.99)
+    assert sorted(written) == ["disk", "frame", "here"], "the truth has no scores"
+
+
+def test_the_best_are_drawn_last_on_top():
+    boxes = [[8, 20, 32, 40]] * 3
+    pixels = picture_of(pictures.panel(GREY, found(*boxes, labels=[2, 0, 1], scores=[0.9, 0.8, 0.7]), CLASSES, ""))
+    assert (pixels[240, 64] == pictures.color(2)).all()
+
+
+def test_nothing_found_is_the_picture_alone(written):
+    nothing = found(scores=[])
+    for content in (nothing, found(), found([8, 20, 32, 40], scores=[0.1])):
+        assert (picture_of(pictures.panel(GREY, content, CLASSES, "here")) == 128).all()
+    assert written == ["here"] * 3
+
+
+def test_thousands_of_boxes_have_names_for_the_best_alone(written):
+    corner = torch.rand(5000, 2, generator=torch.Generator().manual_seed(0)) * 40
+    boxes, scores = torch.cat([corner, corner + 8], 1).tolist(), torch.linspace(0.99, 0.5, 5000).tolist()
+    labels = [k % 3 for k in range(5000)]
+    pixels = picture_of(pictures.panel(GREY, found(*boxes, labels=labels, scores=scores), CLASSES, "here"))
+    names = [CLASSES[k]["name"] + f" {score:.2f}" for k, score in zip(labels, scores)]
+    assert sorted(written) == sorted(["here", *names[: pictures.TAGS]])
+    assert (pixels != 128).any(2).mean() > 0.5
+
+
+def test_class_names_of_any_alphabet_and_boxes_that_reach_outside_are_drawn():
+    classes = [{"id": k, "name": name} for k, name in enumerate(("雪 Ω", "two\nlines", "x" * 300, ""))]
+    boxes = [[-900, -900, 900, 900], [0, 0, 48, 64], [47.9, 63.9, 48, 64], [5, 5, 5, 5]]
+    picture = pictures.panel(GREY, found(*boxes, labels=[0, 1, 2, 3]), classes, "")
+    assert picture.width == 384 and (picture_of(picture) != 128).any()
 
 
 def test_colours_of_classes_differ():
     colors = np.array([pictures.color(k) for k in range(8)])
     distances = np.abs(colors[:, None] - colors).sum(2) + 999 * np.eye(8)
     assert distances.min() > 60
-
-
-def test_tags_stay_inside_and_never_lie_on_each_other():
-    rng = np.random.default_rng(0)
-    placed = 0
-    for _ in range(50):
-        corners = rng.integers(0, 300, (12, 2))
-        boxes = np.concatenate([corners, corners + rng.integers(1, 200, (12, 2))], 1).tolist()
-        taken, cover = [], np.zeros((300, 300), int)
-        for box in boxes:
-            tag = pictures._place((70, 20), box, taken, boxes, (300, 300))
-            if tag:
-                taken.append(tag)
-                x1, y1, x2, y2 = tag
-                assert 0 <= x1 and x2 <= 300 and 0 <= y1 and y2 <= 300 and (x2 - x1, y2 - y1) == (70, 20)
-                cover[y1:y2, x1:x2] += 1
-        assert cover.max() == 1
-        placed += len(taken)
-    assert placed > 0.8 * 50 * 12
-    box = [100, 100, 200, 200]
-    assert pictures._place((70, 20), box, [], [box], (300, 300)) == (100, 80, 170, 100), "alone: above, flush left"
 
 
 @pytest.mark.parametrize("count, rows, columns", [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (5, 2, 3)])
@@ -107,6 +136,44 @@ def test_a_strip_has_a_labelled_panel_for_everything(written, count, rows, colum
         y, x = 16 + i // columns * (panel.height + 16), 16 + i % columns * (panel.width + 16)
         assert np.array_equal(pixels[y + 40 : y + panel.height, x : x + panel.width], np.asarray(panel)[40:])
     assert (pixels[:16] == 255).all() and (pixels[:, :16] == 255).all() and (pixels[-16:] == 255).all()
+
+
+def test_pictures_of_many_sizes_are_tiled_without_overlap():
+    sizes = [(30, 20), (10, 50), (40, 40), (25, 5), (60, 10)]
+    tiles = [Image.new("RGB", size, (10 * (k + 1), 0, 0)) for k, size in enumerate(sizes)]
+    pixels = np.asarray(pictures.tile(tiles, 2, gap=7))
+    for k, (width, height) in enumerate(sizes):
+        y, x = np.nonzero((pixels == (10 * (k + 1), 0, 0)).all(2))
+        assert (x.max() - x.min() + 1, y.max() - y.min() + 1, len(x)) == (width, height, width * height)
+    assert (pixels == 255).all(2).sum() == pixels[..., 0].size - sum(w * h for w, h in sizes)
+
+
+def test_pictures_to_draw_are_spread_over_those_with_boxes(tmp_path):
+    content = random_content(0, images=40, boxes=200)
+    empty = {image["id"] for image in content["images"][::2]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in empty]
+    write(tmp_path, content)
+    full = np.flatnonzero(np.diff(annotations.read(tmp_path, "train").starts)).tolist()
+    indices = pictures.spread(annotations.read(tmp_path, "train"), 5)
+    assert indices == sorted(set(indices)) and len(indices) == 5 and set(indices) < set(full)
+    assert {indices[0], indices[-1]} == {full[0], full[-1]}
+    assert pictures.spread(annotations.read(tmp_path, "train"), 99) == full
+    content["annotations"] = []
+    write(tmp_path, content)
+    assert pictures.spread(annotations.read(tmp_path, "train"), 3) == [0, 19, 39], "without a box any will do"
+
+
+def test_the_truth_is_what_is_annotated_without_crowds(tmp_path):
+    content = random_content(1)
+    write(tmp_path, content)
+    read, ids = annotations.read(tmp_path, "train"), [3, 17, 90]
+    for index, image in enumerate(content["images"]):
+        rows = [a for a in content["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
+        truth = pictures.truth(read, index)
+        expected = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in rows)]
+        assert truth["boxes"].tolist() == expected and "scores" not in truth
+        assert truth["labels"].tolist() == [ids.index(a["category_id"]) for a in rows]
+    assert sum(a["iscrowd"] for a in content["annotations"]) > 0
 
 
 @pytest.fixture
@@ -219,6 +286,96 @@ def test_what_cannot_be_looked_at_is_one_line(home, photos):
     assert "--out" in complaint(evaluate, *flags, "--images", photos, "--out", home / "bad.jpg")
     assert "--json" in complaint(evaluate, *flags, "--images", photos, "--json", home / "a.json")
     assert "--teacher" in complaint(evaluate, *flags, "--images", photos, "--teacher", home / "teacher.pt")
-    assert "--draw" in complaint(evaluate, *flags, "--images", photos, "--draw", 0)
+    assert "--draw" in complaint(evaluate, *flags, "--images", photos, "--draw", -1)
     line = complaint(evaluate, *flags, "--images", photos, "--draw", "--teacher", home / "student.pt")
     assert "not a teacher" in line
+
+
+@pytest.mark.parametrize("top", [0.001, 0.04, 0.7, 1, 1.08, 3.5, 7, 9.99, 10, 86.4, 100, 90_000])
+def test_ticks_are_round_and_reach_as_far_as_they_can(top):
+    ticks = pictures.ticks(top)
+    step = ticks[1]
+    assert ticks == pytest.approx([i * step for i in range(len(ticks))]) and 4 <= len(ticks) <= 9
+    assert ticks[-1] <= top * 1.0001 < ticks[-1] + step * 1.001
+    assert f"{step:e}"[0] in "125" and float(f"{step:.0e}") == pytest.approx(step)
+
+
+def red(picture):
+    """Where a chart's line is red, the legend left out: (h,w) bool."""
+    pixels = np.asarray(picture).astype(int)
+    where = (pixels[..., 0] > 200) & (pixels[..., 1:] < 90).all(2)
+    where[:35] = False
+    return where
+
+
+def test_points_lie_in_proportion_to_their_axes():
+    line = [(0, 0), (50, 10), (100, 20), (200, 40)]
+    where = red(pictures.chart({"low": line}, {"low": (255, 0, 0)}, "AP", 200, (1000, 380)))
+    x0, x1 = where.any(0).nonzero()[0][[0, -1]]
+    assert x1 - x0 > 800
+    centres = []
+    for x, _ in line:
+        column = round(x0 + (x1 - x0) * x / 200)
+        centres.append(where[:, column - 1 : column + 2].nonzero()[0].mean())
+    rise = centres[0] - np.array(centres)
+    assert rise / rise[-1] * 40 == pytest.approx([0, 10, 20, 40], abs=0.5) and rise[-1] > 200
+
+
+def test_a_single_point_is_a_dot_and_nothing_at_all_is_no_error():
+    where = red(pictures.chart({"low": [(100, 40)]}, {"low": (255, 0, 0)}, "AP", 200, (1000, 380)))
+    y, x = where.nonzero()
+    assert 5 <= np.ptp(x) <= 9 and 5 <= np.ptp(y) <= 9 and 450 < x.mean() < 570
+    assert pictures.chart({}, {}, "AP", 1, (1000, 380)).size == (1000, 380)
+
+
+def test_a_log_becomes_a_line_for_each_branch(tmp_path, monkeypatch):
+    entries = [{"iteration": i, "lr": 1, "loss": 6 + i, "low/cls": 1.0, "low/box": 2 + i, "kd": 3.0} for i in (0, 10)]
+    entries += [{"done": 11, "branch": branch, "AP": ap} for branch, ap in (("low", 0.25), ("high", -1))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    charts, chart = [], pictures.chart
+
+    def note(lines, hues, title, right):
+        charts.append((lines, title.split()[0], right))
+        colors.append({name: hues[name] for name in lines})
+        return chart(lines, hues, title, right)
+
+    colors = []
+    monkeypatch.setattr(pictures, "chart", note)
+    pictures.curve(tmp_path / "log.jsonl")
+    losses = {"loss": [(0, 6), (10, 16)], "low": [(0, 3), (10, 13)], "kd": [(0, 3), (10, 3)]}
+    assert charts == [(losses, "loss", 11), ({"low": [(11, 25)], "high": [(11, 0)]}, "AP", 11)]
+    assert colors[0]["low"] == colors[1]["low"] and len({*colors[0].values(), *colors[1].values()}) == 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw_rectangles(tmp_path_factory.mktemp("data"), {"train": 6, "val": 8})
+
+
+def test_runs_end_with_a_curve_and_a_sheet_of_every_branch(data, tmp_path, monkeypatch):
+    labels, text = [], ImageDraw.ImageDraw.text
+    keep = lambda pen, xy, t, *a, **k: (labels.append(t) if "@" in t or "tr" in t else None, text(pen, xy, t, *a, **k))
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", keep)
+    teacher = ["--teacher", tmp_path / "teacher" / "last.pt"]
+    for name, script, flags, branches in (
+        ("teacher", train, [], ["teacher @ fused", "teacher @ high", "teacher @ low"]),
+        ("student", distill, teacher, ["teacher @ fused", "teacher @ low", "student @ low"]),
+    ):
+        printed = succeed(script, *TINY, "--data", data, "--out", tmp_path / name, *flags)
+        assert f"pictures {tmp_path}/{name}/curve.png, {tmp_path}/{name}/sheet.jpg" in printed.splitlines()[-2]
+        assert printed.splitlines()[-1].startswith("next: python")
+        assert labels == 6 * ["ground truth", *branches]
+        labels.clear()
+        assert Image.open(tmp_path / name / "curve.png").size == (1032, 808)
+        width, height = Image.open(tmp_path / name / "sheet.jpg").size
+        assert 1000 < width < 1500 and height > 1000
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing(data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(pictures, "sheet", fail)
+    printed = succeed(train, *TINY, "--data", data, "--out", tmp_path / "out", "--res", "low")
+    assert "pictures could not be drawn (MemoryError: no room)" in printed and "low @ low" in printed
+    assert (tmp_path / "out" / "last.pt").exists() and "next: python evaluate.py" in printed

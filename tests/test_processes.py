@@ -201,6 +201,7 @@ def test_scripts_run_under_torchrun_and_write_once(two, name, kind):
     assert sorted(path.name for path in (two / name).iterdir()) == files
     printed = (two / "printed").read_text()
     assert printed.count(f"folder    {two / name}\n") == 1 and "2 process(es)" in printed
+    assert printed.count(f"pictures {two / name}/curve.png, ") == 1
 
 
 def outcomes(two, name):
