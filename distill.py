@@ -36,6 +36,8 @@ def main():
     saved = find_checkpoint(out, resume)
     if saved:
         settings = resume_settings(typed, OWN, saved, out / "last.pt")
+        if not Path(settings.teacher).exists():
+            raise InputError(f"{settings.teacher}: no such file; say with --teacher where the teacher is now")
         read = checkpoint.read(settings.teacher, want="teacher")
     elif "teacher" in typed:
         read = checkpoint.read(typed["teacher"], want="teacher")
@@ -61,43 +63,44 @@ def main():
     optimizer = build_optimizer(student, settings)
     teacher = distillation.freeze(teacher).to(device)
 
-    open_folder(out, resume)
+    log = open_folder(out, resume)
     print_header(settings, student, train, val, device, out)
     results = saved["training"]["teacher"] if saved else evaluate_all(teacher, high_set, settings, autocast)
     rows = {f"teacher @ {branch}": metrics for branch, metrics in results.items()}
     print_table(rows)
     kept = {"teacher": results, "teacher_checksum": checksum}
-    run = Run("distill.py", out, settings, student, optimizer, low_set, autocast, saved, **kept)
+    run = Run("distill.py", out, log, settings, student, optimizer, low_set, autocast, saved, **kept)
     batches = train_loader(training_set, settings.pad, settings, run.start, device)
     student.train()
 
-    for iteration in range(run.start, settings.iters):
-        batch = next(batches).to(device)
-        high = student.normalize(batch.images, batch.sizes)
-        with autocast:
-            pyramids, outputs = network(align.downsample(high, settings.downsample))
-        losses = student.losses(outputs, batch.boxes, batch.labels)
-        loss = sum(losses["low"].values())
-        distances = {}
-        if settings.kd:
-            with torch.no_grad(), autocast:
-                fused = teacher.pyramids(high, ["fused"])["fused"]
-            distance = distillation.DISTANCES[settings.kd_loss](pyramids["low"], fused)
-            distances["kd"] = settings.kd * distillation.ramp(iteration, settings.kd_ramp) * distance
-            loss = loss + distances["kd"]
+    with run:
+        for iteration in range(run.start, settings.iters):
+            batch = next(batches).to(device)
+            high = student.normalize(batch.images, batch.sizes)
+            with autocast:
+                pyramids, outputs = network(align.downsample(high, settings.downsample))
+            losses = student.losses(outputs, batch.boxes, batch.labels)
+            loss = sum(losses["low"].values())
+            distances = {}
+            if settings.kd:
+                with torch.no_grad(), autocast:
+                    fused = teacher.pyramids(high, ["fused"])["fused"]
+                distance = distillation.DISTANCES[settings.kd_loss](pyramids["low"], fused)
+                distances["kd"] = settings.kd * distillation.ramp(iteration, settings.kd_ramp) * distance
+                loss = loss + distances["kd"]
 
-        optimizer.zero_grad()
-        loss.backward()
-        gradient = clip_grad_norm_(student.parameters(), settings.clip or math.inf)
-        numbers = run.read(loss, losses, gradient, **distances)
-        check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
-        set_learning_rate(optimizer, settings, iteration)
-        optimizer.step()
+            optimizer.zero_grad()
+            loss.backward()
+            gradient = clip_grad_norm_(student.parameters(), settings.clip or math.inf)
+            numbers = run.read(loss, losses, gradient, **distances)
+            check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
+            set_learning_rate(optimizer, settings, iteration)
+            optimizer.step()
 
-        if run.after(iteration, numbers):
-            return INTERRUPTED
+            if run.after(iteration, numbers):
+                return INTERRUPTED
 
-    results = run.finish()
+    results = run.evaluate(settings.iters)
     rows["student @ low"] = results["low"]
     run.report(rows, pictures.beside(teacher, student, ["low"]), ["evaluate.py", "--ckpt"])
 

@@ -5,9 +5,9 @@
     python evaluate.py --ckpt runs/student/last.pt --teacher runs/teacher/last.pt --draw    and pictures of both
     python evaluate.py --ckpt runs/student/last.pt --images FILE_OR_FOLDER --draw           without annotations
 
---images writes OUT/detections.json in COCO's result format: a list of {"image_id": the file's number in the order of
-names, from 1; "file_name"; "category_id": as in the data the checkpoint was trained on; "bbox": [x, y, width, height]
-in the picture's pixels, upright; "score": 0 to 1}.
+--detections FILE and --images write COCO's result format: a list of {"image_id": as in the data's annotations, of --images
+the file's name; "category_id": as in the data the checkpoint was trained on; "bbox": [x, y, width, height] in the
+picture's pixels, upright; "score": 0 to 1}. --images writes it to OUT/detections.json.
 """
 
 import json
@@ -31,6 +31,7 @@ def parse():
     add = parser.add_argument_group("what is written").add_argument
     add("--per-class", action="store_true", default=False, help="also print each class's AP")
     add("--json", default="", metavar="FILE", help="write the numbers, from 0 to 1, and the cost to a file")
+    add("--detections", default="", metavar="FILE", help="write what is found to a file, of one branch (see --res)")
     add("--draw", nargs="?", type=int, const=8, default=0, metavar="N", help="draw N pictures (8), or all of --images")
     add("--teacher", default="", metavar="FILE", help="with --draw: a teacher's checkpoint, to be drawn beside --ckpt")
     add("--threshold", type=float, default=pictures.THRESHOLD, metavar="X", help="lowest score drawn [0.4]")
@@ -84,15 +85,16 @@ def main():
     found = {b: results[b][0] | {"cost": evaluation.measure_cost(model, dataset, b, autocast)} for b in branches}
     print_numbers(args, dict(zip(labels, found.items())), f"{device}, {precision}, {torch.get_num_threads()} thread(s)")
     if args.json:
-        with writing(args.json, "choose another --json"):
-            Path(args.json).write_text(json.dumps(found, indent=1))
-        print(f"\nwritten to {args.json}")
+        write_json(args.json, found, indent=1)
+    if args.detections:
+        write_json(args.detections, coco_results(results[branches[0]][1], annotations.image_ids, model.config.classes))
     if args.draw:
         indices = pictures.spread(annotations, args.draw)
         for index in indices:
             strip = pictures.compare(annotations, index, columns, autocast, threshold=args.threshold)
             pictures.save(strip, out, index + 1, annotations.path(index))
-        print(f"\ndrawn: {len(indices)} pictures, scores from {args.threshold:g}, in {out}")
+        print(f"drawn: {len(indices)} pictures, scores from {args.threshold:g}, in {out}")
+    return None
 
 
 def check(args):
@@ -100,9 +102,9 @@ def check(args):
     for name, value, least in (("--batch", args.batch, 1), ("--workers", args.workers, 0), ("--draw", args.draw, 0)):
         if value < least:
             raise InputError(f"{name} must be at least {least}")
-    for name, value in (("--data", args.data), ("--json", args.json), ("--per-class", args.per_class)):
-        if args.images and value:
-            raise InputError(f"{name}: of no use with --images, where nothing is annotated")
+    for name in ("data", "json", "detections", "per_class"):
+        if args.images and getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')}: of no use with --images, where nothing is annotated")
     if args.teacher and not args.draw:
         raise InputError("--teacher: is drawn beside the checkpoint; add --draw")
 
@@ -131,24 +133,45 @@ def print_numbers(args, found, how):
                 print(f"  {name:20} {evaluation.percent(value):>6}")
 
 
+def coco_results(found, image_ids, classes):
+    """[(index, detections)] -> COCO's result format, with the ids of images and categories that the data has."""
+    return [
+        {
+            "image_id": image_ids[index],
+            "category_id": classes[label]["id"],
+            "bbox": evaluation.to_xywh(box),
+            "score": float(score),
+        }
+        for index, detections in found
+        for box, label, score in zip(detections["boxes"], detections["labels"], detections["scores"])
+    ]
+
+
+def write_json(path, content, indent=None):
+    with writing(path, "choose another place"):
+        Path(path).write_text(json.dumps(content, indent=indent))
+    print(f"written to {path}")
+
+
 def look_at_images(args, model, columns, out, autocast):
     """Run on pictures without annotations: write what the model finds and, with --draw, what that looks like."""
-    results, count = [], 0
+    found, names, failed = [], [], []
     for number, path, image in pictures.read_all(args.images):
-        found = pictures.look(image, columns, autocast)
-        own = list(found.values())[-1]
-        for box, label, score in zip(own["boxes"], own["labels"], own["scores"]):
-            entry = {"image_id": number, "file_name": path.name, "category_id": model.config.classes[label]["id"]}
-            results.append(entry | {"bbox": evaluation.to_xywh(box), "score": float(score)})
+        seen = pictures.look(image, columns, autocast)
+        found.append((len(names), list(seen.values())[-1]))
+        names.append(path.name)
         if args.draw:
-            strip = pictures.strip(image, found, model.config.classes, args.threshold)
-            pictures.save(strip, out, number, path)
-        count += 1
-    with writing(out, "choose another --out"):
-        (out / "detections.json").write_text(json.dumps(results))
-    print(f"{list(columns)[-1]}: {len(results)} detections in {count} picture(s), in {out / 'detections.json'}")
+            try:
+                pictures.save(pictures.strip(image, seen, model.config.classes, args.threshold), out, number, path)
+            except (InputError, OSError, ValueError) as error:  # what was found must not be lost for it
+                failed.append(str(error))
+    results = coco_results(found, names, model.config.classes)
+    write_json(out / "detections.json", results)
+    print(f"{list(columns)[-1]}: {len(results)} detections in {len(names)} picture(s)")
     if args.draw:
-        print(f"drawn: {count} pictures, scores from {args.threshold:g}, in {out}")
+        print(f"drawn: {len(names) - len(failed)} pictures, scores from {args.threshold:g}, in {out}")
+    if failed:
+        raise InputError(f"{len(failed)} pictures could not be drawn, the first because of: {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -63,31 +63,32 @@ def main():
     network = processes.parallel(model.to(device))
     optimizer = build_optimizer(model, settings)
 
-    open_folder(out, resume)
+    log = open_folder(out, resume)
     print_header(settings, model, train, val, device, out)
-    run = Run("train.py", out, settings, model, optimizer, validation_set, autocast, saved)
+    run = Run("train.py", out, log, settings, model, optimizer, validation_set, autocast, saved)
     batches = train_loader(training_set, model.multiple, settings, run.start, device)
     model.train()
 
-    for iteration in range(run.start, settings.iters):
-        batch = next(batches).to(device)
-        with autocast:
-            _, outputs = network(model.normalize(batch.images, batch.sizes))
-        losses = model.losses(outputs, batch.boxes, batch.labels)
-        loss = sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
+    with run:
+        for iteration in range(run.start, settings.iters):
+            batch = next(batches).to(device)
+            with autocast:
+                _, outputs = network(model.normalize(batch.images, batch.sizes))
+            losses = model.losses(outputs, batch.boxes, batch.labels)
+            loss = sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
 
-        optimizer.zero_grad()
-        loss.backward()
-        gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
-        numbers = run.read(loss, losses, gradient)
-        check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
-        set_learning_rate(optimizer, settings, iteration)
-        optimizer.step()
+            optimizer.zero_grad()
+            loss.backward()
+            gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+            numbers = run.read(loss, losses, gradient)
+            check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
+            set_learning_rate(optimizer, settings, iteration)
+            optimizer.step()
 
-        if run.after(iteration, numbers):
-            return INTERRUPTED
+            if run.after(iteration, numbers):
+                return INTERRUPTED
 
-    results = run.finish()
+    results = run.evaluate(settings.iters)
     rows = {f"{kind} @ {branch}": metrics for branch, metrics in results.items()}
     columns = pictures.readings(kind, model, sorted(model.branches))
     run.report(rows, columns, ["distill.py", "--teacher"] if kind == "teacher" else ["evaluate.py", "--ckpt"])

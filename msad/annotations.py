@@ -8,15 +8,26 @@ nothing in them has a reference count that would copy shared memory.
 import gc
 import json
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
-from operator import itemgetter
-from pathlib import Path
+from pathlib import Path, PurePath
+from urllib.parse import unquote
 
 import numpy as np
 
 from .files import InputError
+
+# What a field may hold: the words for it, and the test. JSON knows no difference between 3 and 3.0.
+WHOLE = "a whole number", lambda v: type(v) is int or type(v) is float and v.is_integer()
+SIDE = "a number of pixels", lambda v: WHOLE[1](v) and 0 < v < 2**31
+NUMBER = "a number", lambda v: type(v) is float or type(v) is int and abs(v) < 2**63
+OPTIONAL_NUMBER = "a number", lambda v: v is None or NUMBER[1](v)
+BOX = "a list of four numbers", lambda v: isinstance(v, list) and len(v) == 4 and all(map(NUMBER[1], v))
+FLAG = "0 or 1", lambda v: v is None or isinstance(v, (int, float, str)) and v in (0, 1, "0", "1")
+TEXT = "a text", lambda v: isinstance(v, str)
+
+FOLDERS = {"train": ("train",), "val": ("val", "valid")}  # of a split whose annotations lie beside its pictures
 
 
 @dataclass
@@ -25,7 +36,7 @@ class Annotations:
 
     folder: Path
     classes: tuple  # of {"id", "name"}; a label is an index into it
-    image_ids: np.ndarray  # (I,) int64
+    image_ids: list  # (I,) whole numbers
     sizes: np.ndarray  # (I,2) int64: height, width
     names: np.ndarray  # (I,) bytes: file names
     starts: np.ndarray  # (I+1,) int64
@@ -47,12 +58,16 @@ class Annotations:
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def summary(self):
-        """One line: what is there, and what was left out."""
+        """One line: what is there, what was left out, and what looks wrong."""
         empty = int((np.diff(self.starts) == 0).sum())
         line = f"{len(self)} images ({empty} without boxes), {len(self.boxes)} boxes ({int(self.crowd.sum())} crowd)"
         line += f", {len(self.classes)} classes"
-        left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(self.skipped.items()))
-        return f"{line}; left out: {left_out}" if left_out else line
+        if self.skipped:
+            line += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.skipped.items()))
+        again = len(self) - len({os.path.normpath(name) for name in self.names.tolist()})
+        if again:
+            line += f"; {again} entries name the same file as another: each knows only its own boxes; merge them"
+        return line
 
 
 def check_classes(one, found, other, wanted):
@@ -65,9 +80,16 @@ def check_classes(one, found, other, wanted):
 
 
 def find(data, split):
-    """The annotation file and image folder of a split ("train" or "val") in a COCO-layout folder."""
+    """The annotation file and image folder of a split ("train" or "val"): in COCO's layout, or in the one of annotation
+    tools, _annotations.coco.json beside the pictures."""
+    if not Path(data).is_dir():
+        raise InputError(f"{data}: no such folder; say with --data where the data is")
     folder = Path(data) / "annotations"
     files = sorted(folder.glob(f"instances_{split}*.json"))
+    beside = [Path(data) / name / "_annotations.coco.json" for name in FOLDERS[split]]
+    for path in beside:
+        if not files and path.is_file():
+            return path, path.parent
     if len(files) != 1:
         found = f"{len(files)} files match: keep one of them" if files else "no such file"
         raise InputError(f"{folder}/instances_{split}*.json: {found} (a COCO-layout folder has exactly one)")
@@ -83,17 +105,14 @@ def read(data, split):
     enabled = gc.isenabled()
     gc.disable()  # it would walk through a million entries again and again, and none of them is garbage
     try:
-        content = _load_json(path)
-        try:
-            return _pack(content, path, folder)
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise InputError(f"{path}: {_first_fault(content) or f'not in COCO format ({error!r})'}") from None
+        return pack(load_json(path), path, folder)
     finally:
         if enabled:
             gc.enable()
 
 
-def _load_json(path):
+def load_json(path):
+    """The object in a JSON file. Raises InputError."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -106,30 +125,54 @@ def _load_json(path):
     return content
 
 
-def _pack(content, path, folder):
-    images, annotations = content["images"], content["annotations"]
-    classes = _classes(content["categories"], path)
-    image_ids = _column(images, "id")
-    sizes = np.stack([_column(images, "height"), _column(images, "width")], axis=1)
-    names = [image["file_name"] for image in images]
-    _check_images(names, image_ids, sizes, path, folder)
+def pack(content, path, folder):
+    """COCO's lists of entries -> Annotations."""
 
-    # One array per field, in the order of the file.
-    if any(len(entry["bbox"]) != 4 for entry in annotations):
-        raise ValueError("a bbox does not have four numbers")
-    numbers = chain.from_iterable(map(itemgetter("bbox"), annotations))
-    xywh = np.fromiter(numbers, np.float64, 4 * len(annotations)).reshape(-1, 4)
-    crowd = np.fromiter((int(entry.get("iscrowd") or 0) for entry in annotations), bool, len(annotations))
-    area = np.fromiter((entry.get("area", -1) for entry in annotations), np.float64, len(annotations))
-    image, known_image = _positions(_column(annotations, "image_id"), image_ids)
-    class_ids = np.array([c["id"] for c in classes], np.int64)
-    label, known_class = _positions(_column(annotations, "category_id"), class_ids)
+    def column(key, field, kind):
+        """One field of every entry of a list, None where it is missing. InputError where it is not of its kind."""
+        if not isinstance(content.get(key), list):
+            raise InputError(f"{path}: not in COCO format (no list {key!r})")
+        words, is_good = kind
+        values = [entry.get(field) if isinstance(entry, dict) else None for entry in content[key]]
+        if not all(map(is_good, values)):
+            number = next(number for number, value in enumerate(values) if not is_good(value))
+            found = repr(values[number])
+            found = found if len(found) < 60 else found[:60] + "..."
+            raise InputError(f"{path}: {key}[{number}]: field {field!r} is {found}, must be {words}")
+        return values
+
+    classes = zip(map(int, column("categories", "id", WHOLE)), column("categories", "name", TEXT))
+    classes = tuple({"id": number, "name": name} for number, name in sorted(classes))
+    image_ids = list(map(int, column("images", "id", WHOLE)))
+    sizes = np.array([column("images", "height", SIDE), column("images", "width", SIDE)], np.int64).T
+    names = column("images", "file_name", TEXT)
+    index_of_class = index_by_id([c["id"] for c in classes], "categories", path)
+    index_of_image = index_by_id(image_ids, "images", path)
+    check_files(names, folder, path)
+
+    # One array per field of the annotations, in the order of the file; -1 stands for an image or class that is unknown.
+    xywh = np.array(column("annotations", "bbox", BOX), np.float64).reshape(-1, 4)
+    image = np.array([index_of_image.get(v, -1) for v in column("annotations", "image_id", WHOLE)], np.int64)
+    label = np.array([index_of_class.get(v, -1) for v in column("annotations", "category_id", WHOLE)], np.int16)
+    crowd = np.array([int(v or 0) for v in column("annotations", "iscrowd", FLAG)], bool)
+    area = np.array([-1 if v is None else v for v in column("annotations", "area", OPTIONAL_NUMBER)], np.float64)
 
     # An entry with faults counts under its first one only: the first row that is true, the last of which always is.
-    faults = _box_faults(xywh, sizes, image, known_image, known_class)
+    x, y, w, h = xywh.T
+    height, width = sizes[image].T
+    with np.errstate(invalid="ignore", over="ignore"):
+        faults = {
+            "of unknown images": image < 0,
+            "of unknown categories": label < 0,
+            "boxes not finite": ~(np.abs(xywh) < 1e9).all(1),
+            "boxes without area": (w <= 0) | (h <= 0),
+            "boxes outside their image": (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0),
+        }
     first_fault = np.stack([*faults.values(), np.ones(len(xywh), bool)]).argmax(0)
     counts = np.bincount(first_fault, minlength=len(faults)).tolist()
     skipped = Counter({reason: count for reason, count in zip(faults, counts) if count})
+    usable = first_fault >= list(faults).index("boxes without area")  # of known images, with numbers
+    check_units(xywh[usable], width[usable], height[usable], path)
 
     # What is left, sorted by image: the boxes of one image become neighbouring rows, in the order of the file.
     good = np.flatnonzero(first_fault == len(faults))
@@ -142,101 +185,71 @@ def _pack(content, path, folder):
         image_ids=image_ids,
         sizes=sizes,
         names=np.array([name.encode() for name in names]),
-        starts=np.searchsorted(image[order], np.arange(len(images) + 1)),
+        starts=np.searchsorted(image[order], np.arange(len(names) + 1)),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32),
-        labels=label[order].astype(np.int16),
+        labels=label[order],
         areas=np.where(given, area, xywh[:, 2] * xywh[:, 3]).astype(np.float32),
         crowd=crowd[order],
         skipped=skipped,
     )
 
 
-def _box_faults(xywh, sizes, image, known_image, known_class):
-    """Reason -> mask (M,) of the annotations it keeps out."""
-    x, y, w, h = xywh.T
-    height, width = sizes[np.where(known_image, image, 0)].T
-    with np.errstate(invalid="ignore", over="ignore"):
-        return {
-            "of unknown images": ~known_image,
-            "of unknown categories": ~known_class,
-            "boxes not finite": ~(np.abs(xywh) < 1e9).all(1),
-            "boxes without area": (w <= 0) | (h <= 0),
-            "boxes outside their image": (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0),
-        }
+def index_by_id(ids, key, path):
+    """{id: its place in the list}. Raises InputError for an empty list, or an id that is there twice."""
+    if not ids:
+        raise InputError(f"{path}: has no {key}")
+    index = {number: place for place, number in enumerate(ids)}
+    if len(index) < len(ids):
+        number = Counter(ids).most_common(1)[0][0]
+        raise InputError(f"{path}: id {number} stands for two of {key}; give each its own")
+    return index
 
 
-def _positions(values, table):
-    """For each value its index in `table`, and whether it is there."""
-    order = np.argsort(table, kind="stable")
-    at = np.searchsorted(table, values, sorter=order).clip(max=len(table) - 1)
-    return order[at], table[order[at]] == values
-
-
-def _column(entries, key):
-    """One whole number of every entry. Raises TypeError or ValueError where it is something else."""
-    values = np.fromiter(map(itemgetter(key), entries), np.float64, len(entries))
-    if not (np.abs(values) < 2**53).all() or (values % 1).any():
-        raise ValueError(f"{key} is not a whole number")
-    return values.astype(np.int64)
-
-
-def _classes(categories, path):
-    if not categories:
-        raise InputError(f"{path}: has no categories")
-    ids = _column(categories, "id")
-    classes = tuple({"id": int(ids[i]), "name": str(categories[i]["name"])} for i in np.argsort(ids, kind="stable"))
-    if len({c["id"] for c in classes}) < len(classes):
-        raise InputError(f"{path}: two categories have the same id; give each its own")
-    return classes
-
-
-def _check_images(names, image_ids, sizes, path, folder):
-    """Stop for images whose entry or file is not there to be used."""
-    if not names:
-        raise InputError(f"{path}: has no images")
-    values, counts = np.unique(image_ids, return_counts=True)
-    if (counts > 1).any():
-        raise InputError(f"{path}: image id {values[counts > 1][0]} stands for two images; give each its own")
-    if (sizes <= 0).any():
-        raise InputError(f"{path}: image id {image_ids[(sizes <= 0).any(1)][0]} has no height or width")
+def check_files(names, folder, path):
+    """Raise InputError unless every name is one of a file in the folder, or in folders below it or linked there."""
     try:
         present = set(os.listdir(folder))
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
-    missing = [name for name in names if name not in present and not _is_inside(folder, name, path)]
-    if missing:
-        shown = repr(str(folder / missing[0]))[1:-1]
-        raise InputError(
-            f"{shown}: missing ({len(missing)} of {len(names)} images of {path.name} are); "
-            "complete the folder or remove their entries"
-        )
-
-
-def _is_inside(folder, name, path):
-    """Whether a name that leads through subfolders is a file's. Raises InputError if it leads out of the folder."""
-    try:
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+    missing = []
+    for name in names:
+        if name in present:
+            continue
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise InputError(f"{path}: file_name {name!r} points outside {folder}; name files inside it")
-        return (folder / name).is_file()
-    except OSError as error:
-        raise InputError(f"{path}: file_name {name[:50]!r} cannot be a file's ({error.strerror})") from None
+        if not os.path.isfile(os.path.join(folder, name)):
+            missing.append(name)
+    if missing:
+        shown = repr(os.path.join(folder, missing[0]))[1:-1]
+        alike = look_alike(missing[0], folder, present)
+        mend = f"{alike!r} is there: correct the names" if alike else "complete the folder or remove their entries"
+        raise InputError(f"{shown}: missing ({len(missing)} of {len(names)} images of {path.name} are); {mend}")
 
 
-def _first_fault(content):
-    """What is wrong with the first entry that does not have COCO's fields, or None. Slow: only after a failure."""
-    fields = {
-        "images": {"id": int, "file_name": str, "height": int, "width": int},
-        "annotations": {"image_id": int, "category_id": int, "bbox": list},
-        "categories": {"id": int, "name": str},
+def look_alike(name, folder, present):
+    """The name of a file that is there and differs in spelling only: \\ for /, %20, accents, upper case, a path."""
+    plain = unquote(name.replace("\\", "/"))
+    if os.path.isfile(os.path.join(folder, plain)):
+        return plain
+    key = lambda text: unicodedata.normalize("NFC", text).casefold()
+    return next((other for other in sorted(present) if key(other) == key(PurePath(plain).name)), None)
+
+
+def check_units(xywh, width, height, path):
+    """Raise InputError for boxes (M,4) in images of `width` and `height` (M,) that evidently have other units."""
+    x, y, w, h = xywh.T
+    mend = "COCO's bbox is [x, y, width, height] in pixels, x and y of the upper left corner"
+    fractions = (np.abs(xywh) <= 1).all(1)
+    if fractions.any() and 2 * fractions.sum() > len(xywh):
+        raise InputError(f"{path}: {fractions.sum()} of {len(xywh)} boxes lie between 0 and 1, as fractions do; {mend}")
+    leaving = (x + w > 1.02 * width + 2) | (y + h > 1.02 * height + 2)
+    if leaving.sum() < max(5, len(xywh) / 5):
+        return
+    inside = (x + w / 2 <= width + 1) & (y + h / 2 <= height + 1) & (x - w / 2 >= -1) & (y - h / 2 >= -1)
+    likely = {
+        "x1, y1, x2, y2": (w > x) & (h > y) & (w <= width + 1) & (h <= height + 1),
+        "centre x, centre y, width, height": inside,
     }
-    for key, wanted in fields.items():
-        if not isinstance(content.get(key), list):
-            return f"not in COCO format (no list {key!r})"
-        for number, entry in enumerate(content[key]):
-            for field, kind in wanted.items():
-                value = entry.get(field) if isinstance(entry, dict) else None
-                if not (isinstance(value, kind) or kind is int and isinstance(value, float) and value.is_integer()):
-                    return f"{key}[{number}] needs a field {field!r} of type {kind.__name__}"
-            if key == "annotations" and len(entry["bbox"]) != 4:
-                return f"annotations[{number}] needs a bbox of four numbers"
-    return None
+    for order, fits in likely.items():
+        if fits.sum() >= 0.98 * len(xywh):
+            raise InputError(f"{path}: {leaving.sum()} of {len(xywh)} boxes leave their image, as {order} would; {mend}")

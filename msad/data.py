@@ -1,4 +1,4 @@
-"""Images and boxes -> batches. Files are read as 8-bit RGB, resized, flipped and padded; a batch travels as uint8.
+"""Pictures and boxes -> batches. Files are read as 8-bit RGB, resized, flipped and padded; a batch travels as uint8.
 
 Sizes follow the field's rule: the short side is brought to a wanted length unless that makes the long side too long.
 Boxes are in pixels of the high-resolution input, always. A low-resolution data set reads images straight
@@ -7,6 +7,8 @@ at half that size and still gives boxes in high-resolution pixels.
 
 import random
 import signal
+import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,30 +16,35 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from . import annotations, processes, shapes
-from .files import InputError, writing
+from .files import InputError, read_image, to_rgb, writing
 
 
 SHAPES = "data/shapes"  # the drawn set, in the folder a script is called from
 
 
+PATIENCE = 900  # seconds without a batch after which a run gives up on the processes that read pictures
+
+
 class Batch(NamedTuple):
-    """N images of one step. Boxes are in high-resolution pixels. A tuple, because DataLoader knows how to pin those."""
+    """N images of one step. Boxes are in high-resolution pixels; they and labels are one tensor, for all images."""
 
     images: torch.Tensor  # (N,3,H,W) uint8, padded with zeros to a common size
     sizes: list  # [(h,w)] of the images within the batch
-    boxes: list  # [(M,4)] float
-    labels: list  # [(M,)] int64
+    boxes: torch.Tensor  # (M,4) float, M over all images
+    labels: torch.Tensor  # (M,) int64
+    counts: list  # boxes of each image
     indices: list  # which images of the data set these are
+    remarks: list  # what was noticed while each was read, "" mostly
 
     def to(self, device):
-        """The batch on a device; copies from pinned memory do not wait."""
-        move = lambda tensor: tensor.to(device, non_blocking=True)
-        moved = {"images": move(self.images), "boxes": [*map(move, self.boxes)], "labels": [*map(move, self.labels)]}
-        return self._replace(**moved)
+        """The batch on a device; copies from pinned memory do not wait. There boxes and labels are a list by image."""
+        images, boxes, labels = (x.to(device, non_blocking=True) for x in (self.images, self.boxes, self.labels))
+        return self._replace(images=images, boxes=boxes.split(self.counts), labels=labels.split(self.counts))
 
 
 def fitted_size(height, width, short_side, long_side):
@@ -70,6 +77,37 @@ def resize(image, size, low=""):
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
+def list_pictures(pictures):
+    """One picture or several, in the forms that `picture_to_tensor` takes -> a list."""
+    single = isinstance(pictures, Image.Image) or isinstance(pictures, (np.ndarray, torch.Tensor)) and pictures.ndim < 4
+    return [pictures] if single else list(pictures)
+
+
+def picture_to_tensor(picture):
+    """A PIL image, an array (h,w,3) or (h,w), a tensor (3,h,w) or (1,h,w), uint8 or floats in 0-1 -> a tensor (3,h,w),
+    uint8 or float32. Raises ValueError, naming what came, for anything else."""
+    if isinstance(picture, Image.Image):
+        picture = np.array(to_rgb(picture))
+    came = f"a {type(picture).__name__}"
+    if isinstance(picture, (np.ndarray, torch.Tensor)):
+        came += f" {tuple(picture.shape)} of {picture.dtype}"
+    if isinstance(picture, np.ndarray) and picture.dtype.kind in "uif" and picture.ndim in (2, 3):
+        planes = picture if picture.ndim == 3 else picture[..., None]
+        picture = torch.from_numpy(planes.transpose(2, 0, 1).copy())
+    fits = torch.is_tensor(picture) and picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.numel()
+    if not fits or not (picture.dtype == torch.uint8 or picture.is_floating_point()):
+        raise ValueError(
+            f"{came} is no picture: wanted is a PIL image, an array (h,w,3) or (h,w), or a tensor (3,h,w) or (1,h,w), "
+            "not empty, of uint8 or of floats in 0-1"
+        )
+    if picture.is_floating_point():
+        picture = picture.detach().float()
+        low, high = picture.min().item(), picture.max().item()
+        if not (low > -0.01 and high < 1.01):
+            raise ValueError(f"{came} from {low:g} to {high:g}: a picture's floats are in 0-1 (divide by 255?)")
+    return picture.expand(3, -1, -1)
+
+
 def pad_to_multiple(images, multiple):
     """Images [(3,h,w)] -> one tensor (N,3,H,W), zeros to the right and below, sides multiples of `multiple`."""
     height, width = (-(-max(i.shape[d] for i in images) // multiple) * multiple for d in (1, 2))
@@ -77,26 +115,6 @@ def pad_to_multiple(images, multiple):
     for row, image in zip(batch, images):
         row[:, : image.shape[1], : image.shape[2]] = image
     return batch
-
-
-def read_image(path, size=None):
-    """A file of any kind PIL knows -> uint8 (3,h,w) RGB, turned upright as its EXIF says.
-
-    Raises InputError if it cannot be read, or is not of `size` (height, width).
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits: the high byte, where PIL's own conversion would clip
-                image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # PIL answers damaged files, EXIF most of all, with almost any exception
-        raise InputError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from None
-    if size is not None and pixels.shape[:2] != tuple(size):
-        raise InputError(
-            f"{path}: is {pixels.shape[1]}x{pixels.shape[0]}, but its annotations say {size[1]}x{size[0]}; correct one"
-        )
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def open_data(folder, splits=("train", "val")):
@@ -113,7 +131,7 @@ def open_data(folder, splits=("train", "val")):
 
 
 class CocoDataset(Dataset):
-    """Annotated images at the network's size: item (index, seed) -> image, boxes, labels, index.
+    """Annotated images at the network's size: item (index, seed) -> image, boxes, labels, index, remark.
 
     With `low`, "area" or "nearest", images are half that size and boxes are not. `short_sides` are the lengths one is
     drawn from, and `flip` allows mirroring; both draw from the item's own seed, so an item is the same in whichever
@@ -142,7 +160,8 @@ class CocoDataset(Dataset):
         mirrored = self.flip and draw.random() < 0.5
 
         height, width = map(int, self.annotations.sizes[index])
-        image = read_image(self.annotations.path(index), (height, width))
+        remarks = []
+        image = read_image(self.annotations.path(index), (height, width), remarks)
         size = fitted_size(height, width, short_side, self.long_side)
         image = resize(image, size, self.low)
 
@@ -155,14 +174,19 @@ class CocoDataset(Dataset):
             image = image.flip(2)
             boxes[:, [0, 2]] = frame[1] - boxes[:, [2, 0]]
         labels = self.annotations.labels[rows][usable]
-        return image, torch.from_numpy(boxes).float(), torch.from_numpy(labels).long(), index
+        return image, torch.from_numpy(boxes).float(), torch.from_numpy(labels).long(), index, "; ".join(remarks)
 
 
 def collate(items, multiple):
-    """Items of a data set -> a Batch, its images padded to a multiple of `multiple`."""
-    images, boxes, labels, indices = map(list, zip(*items))
-    sizes = [tuple(image.shape[1:]) for image in images]
-    return Batch(pad_to_multiple(images, multiple), sizes, boxes, labels, indices)
+    """Items of a data set -> a Batch, its images padded to a multiple of `multiple`.
+
+    Three tensors, however many images: a worker process needs a file descriptor to hand over each of them.
+    """
+    images, boxes, labels, indices, remarks = map(list, zip(*items))
+    sizes, counts = [tuple(image.shape[1:]) for image in images], [len(b) for b in boxes]
+    return Batch(
+        pad_to_multiple(images, multiple), sizes, torch.cat(boxes), torch.cat(labels), counts, indices, remarks
+    )
 
 
 class TrainBatches:
@@ -215,7 +239,8 @@ def train_loader(dataset, multiple, settings, start, device):
     order = TrainBatches(
         dataset.annotations, settings.batch, settings.seed, start, processes.rank(), processes.world_size()
     )
-    return iter(loader(dataset, order, multiple, settings.workers, device))
+    images = len(order.trainable) // processes.world_size()
+    return tell_remarks(loader(dataset, order, multiple, settings.workers, device), "training", images)
 
 
 def loader(dataset, batches, multiple, workers, device):
@@ -228,7 +253,20 @@ def loader(dataset, batches, multiple, workers, device):
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=leave_signals,
+        timeout=PATIENCE if workers else 0,
     )
+
+
+def tell_remarks(batches, name, images):
+    """Yield batches; once so many images have gone by, print what was noticed about them, with counts."""
+    noticed, passed = {}, 0
+    for batch in batches:
+        noticed |= {index: remark for index, remark in zip(batch.indices, batch.remarks) if remark}
+        before, passed = passed, passed + len(batch.indices)
+        if noticed and before < images <= passed and processes.is_main():
+            counts = Counter(noticed.values())
+            tqdm.write("".join(f"{name} pictures: {n} {remark}\n" for remark, n in counts.items()), sys.stderr, end="")
+        yield batch
 
 
 def leave_signals(worker):

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from . import processes
-from .data import eval_batches, loader, pad_to_multiple
+from .data import eval_batches, loader, pad_to_multiple, tell_remarks
 
 PARTS = ("backbone", "fpn", "head")  # of a model, whose cost is told apart
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -34,8 +34,8 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
     batches = eval_batches(dataset, batch, model.multiple, processes.rank(), processes.world_size())
     found = {branch: [] for branch in branches}
     silent = None if processes.is_main() else True  # None: a bar only on a terminal
-    reader = loader(dataset, batches, model.multiple, workers, device)
-    for data in tqdm(reader, "evaluating", leave=False, disable=silent):
+    reader = tqdm(loader(dataset, batches, model.multiple, workers, device), "evaluating", leave=False, disable=silent)
+    for data in tell_remarks(reader, "validation", sum(map(len, batches))):
         originals = [tuple(map(int, dataset.annotations.sizes[i])) for i in data.indices]
         with autocast:
             detections = model.detect_batch(data.images.to(device, non_blocking=True), data.sizes, originals, branches)
@@ -70,10 +70,11 @@ def coco_metrics(annotations, detections):
         evaluation.accumulate()
         evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class) over all sizes, 100 detections
-    classes = {}
+    classes, names = {}, [c["name"] for c in annotations.classes]
     for k, c in enumerate(annotations.classes):
         known = precision[:, :, k][precision[:, :, k] >= 0]
-        classes[c["name"]] = float(known.mean()) if known.size else -1.0
+        name = c["name"] if names.count(c["name"]) == 1 else f"{c['name']} (id {c['id']})"
+        classes[name] = float(known.mean()) if known.size else -1.0
     return dict(zip(METRICS, map(float, evaluation.stats))) | {"classes": classes}
 
 

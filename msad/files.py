@@ -1,11 +1,33 @@
-"""Files: what the user gave and cannot be used, tensors nobody vouches for, and writing without a loss."""
+"""Files: what the user gave and cannot be used, tensors and pictures nobody vouches for, and writing without a loss."""
 
 import contextlib
+import io
 import os
 import pickle
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, PngImagePlugin
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+# How EXIF's orientations bring a stored picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A long text or colour profile is no reason to refuse a picture.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 
 class InputError(Exception):
@@ -26,6 +48,73 @@ def read_tensors(path):
         raise InputError(f"{path}: not a PyTorch file, or damaged ({type(error).__name__})") from None
 
 
+def read_image(path, size=None, remarks=None):
+    """A file of any kind PIL knows -> uint8 (3,h,w) RGB, turned upright as its EXIF says, where that can be read.
+
+    Values of more than 8 bits (16- and 32-bit integers, floats) are stretched: a picture's lowest becomes 0, its highest
+    255. Raises InputError if the file cannot be read, or is not of `size` (height, width), upright or as it is stored.
+    What was noticed is added to the list `remarks`.
+    """
+    remarks = [] if remarks is None else remarks
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata
+            image = decode(path)
+            orientation = read_orientation(image, remarks)
+        pixels = to_rgb(image)
+    except Exception as error:  # PIL answers damaged files with almost any exception
+        raise InputError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from None
+    upright = pixels.transpose(TURNS[orientation]) if orientation in TURNS else pixels
+    if size is not None and orientation in TURNS:
+        if pixels.size == upright.size == size[::-1]:
+            remarks.append("turned as their EXIF says; their boxes would fit the picture as it is stored, too")
+        elif pixels.size == size[::-1]:
+            upright = pixels
+            remarks.append("left as they are stored: their annotations have that size, and not the one EXIF says")
+    if size is not None and upright.size != size[::-1]:
+        raise InputError(
+            f"{path}: is {upright.width}x{upright.height}, but its annotations say {size[1]}x{size[0]}; correct one"
+        )
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+def decode(path):
+    """A picture file -> PIL image, its pixels loaded."""
+    image = Image.open(path)
+    try:
+        image.load()
+    except OSError:
+        if image.format != "JPEG":
+            raise
+        # It may lack nothing but the mark at its end. Then no bytes before that mark change a pixel.
+        data = Path(path).read_bytes()
+        image, other = (Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in (b"", b"\x5a\xa5" * 99))
+        if not np.array_equal(np.array(image), np.array(other)):
+            raise
+    return image
+
+
+def read_orientation(image, remarks):
+    """EXIF's orientation, 1 to 8, or None where there is none to be had."""
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception as error:  # PIL answers damaged metadata with almost any exception
+        remarks.append(f"with damaged EXIF, so not turned ({type(error).__name__})")
+        return None
+    return orientation[0] if isinstance(orientation, tuple) and orientation else orientation
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> one of mode RGB. See `read_image`."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("some of its values are not finite")
+        low, high = values.min(), values.max()
+        image = Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def write_tensors(path, content):
     """Save to a file that is replaced in one step, so a crash or a full disk leaves the previous one whole."""
     path = Path(path)
@@ -39,6 +128,21 @@ def write_tensors(path, content):
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error}); what stood there before is untouched") from None
+
+
+def open_locked(path, mend):
+    """A file opened for appending, that no other process can open so until this one ends, however it ends.
+
+    Raises InputError with the mend if one has it open, or if it cannot be written. On Windows nothing is locked.
+    """
+    with writing(path, mend):
+        file = open(path, "ab")
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{path.parent}: in use by another run; {mend}") from None
+    return file
 
 
 @contextlib.contextmanager

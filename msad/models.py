@@ -18,7 +18,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from . import align
 from .backbone import FPN, ResNet, fold_batchnorm
-from .data import fitted_size, pad_to_multiple, resize
+from .data import fitted_size, list_pictures, pad_to_multiple, picture_to_tensor, resize
 from .fcos import FCOSHead
 from .files import InputError
 from .fusion import CrossingFusion
@@ -59,6 +59,7 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.branches = branches or (config.kind,)
+        self.is_folded = False
         self.scale = 2 if self.branches == ("low",) else 1  # H's pixels per pixel of this model's input
         self.backbone = ResNet(config.backbone, config.width)
         levels = levels or align.levels(align.SHIFTS[config.kind])
@@ -75,7 +76,7 @@ class Detector(nn.Module):
         The padding becomes 0, the mean colour.
         """
         x = images.float() / 255 if images.dtype == torch.uint8 else images
-        x = (x - self.mean) / self.std
+        x = ((x - self.mean) / self.std).to(self.mean.dtype)
         for image, (height, width) in zip(x, sizes):
             image[:, height:] = 0
             image[:, :, width:] = 0
@@ -113,34 +114,40 @@ class Detector(nn.Module):
         targets = self.head.assign(sizes, boxes, labels)
         return {branch: self.head.losses(output, targets) for branch, output in outputs.items()}
 
-    @torch.inference_mode()
-    def detect(self, images, branch=None, resize=True):
-        """Find objects in RGB images [(3,h,w)], float in 0-1, of any sizes.
+    @torch.no_grad()
+    def detect(self, pictures, branch=None, resize=True, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
+        """Find objects in one picture or several, of any sizes: PIL images, NumPy arrays (h,w,3) or (h,w), tensors
+        (3,h,w) or (1,h,w), RGB or grey, uint8 or floats in 0-1.
 
-        `branch` is one of `branches` (default: the first). With `resize` the images are brought to the size the model
+        `branch` is one of `branches` (default: the first). With `resize` the pictures are brought to the size the model
         was made for; without, they are the network's input, for a low-resolution model already at low resolution.
-        Returns one dict per image: `boxes` (D,4) in that image's own pixels, `scores` (D,), best first, `labels` (D,).
-        Images are batched by their padded size, so the company an image is in never changes its result.
+        Returns a list of one dict per picture: `boxes` (D,4) in that picture's own pixels, `scores` (D,), best first
+        and at least `threshold`, `labels` (D,). Pictures are batched by their padded size, so the company a picture is
+        in never changes its result. Raises ValueError for what is no picture.
         """
         branch = branch or self.branches[0]
         if branch not in self.branches:
             raise ValueError(f"a model of kind {self.config.kind} has no branch {branch!r}, only {self.branches}")
+        images = [picture_to_tensor(picture) for picture in list_pictures(pictures)]
         inputs = [self.resized(image) if resize else image for image in images]
+        inputs = [image / 255 if image.dtype == torch.uint8 else image for image in inputs]
         groups = {}
         for index, image in enumerate(inputs):
             groups.setdefault(self.padded_size(image.shape[-2:]), []).append(index)
         results = [None] * len(images)
         for members in groups.values():
-            batch = pad_to_multiple([inputs[i] for i in members], self.multiple)
+            batch = pad_to_multiple([inputs[i] for i in members], self.multiple).to(self.mean.device)
             sizes = [tuple(inputs[i].shape[-2:]) for i in members]
             originals = [tuple(images[i].shape[-2:]) for i in members]
-            found = self.detect_batch(batch.to(self.mean.device), sizes, originals, [branch])
+            found = self.detect_batch(batch, sizes, originals, [branch], threshold, max_detections)
             for index, detections in zip(members, found[branch]):
                 results[index] = detections
         return results
 
-    @torch.inference_mode()
-    def detect_batch(self, images, sizes, originals, branches):
+    @torch.no_grad()
+    def detect_batch(
+        self, images, sizes, originals, branches, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE
+    ):
         """A padded batch (N,3,H,W) at the network's size -> {branch: one dict per image}, boxes in `originals`' pixels.
 
         `sizes` and `originals` are [(height, width)] of the images within the batch and of their files.
@@ -148,9 +155,10 @@ class Detector(nn.Module):
         if self.training:
             raise RuntimeError("detect needs the model in eval mode: call model.eval() first")
         outputs = self.predict(self.pyramids(self.normalize(images, sizes), branches))
-        return {branch: self.postprocess(outputs[branch], branch, sizes, originals) for branch in branches}
+        limits = threshold, max_detections
+        return {branch: self.postprocess(outputs[branch], branch, sizes, originals, *limits) for branch in branches}
 
-    def postprocess(self, outputs, branch, sizes, originals):
+    def postprocess(self, outputs, branch, sizes, originals, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
         """One branch's outputs -> one dict of detections per image, as in `detect_batch`."""
         tensors = {name: value for name, value in outputs.items() if torch.is_tensor(value)}
         locations_per_level = [height * width * self.head.anchors for height, width in outputs["sizes"]]
@@ -167,7 +175,8 @@ class Detector(nn.Module):
             # Non-maximum suppression within each class. batched_nms moves the classes apart by offsets, which works
             # only where no coordinate is negative.
             lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
-            keep = batched_nms(boxes - lowest, scores, labels, self.head.nms_threshold)[:DETECTIONS_PER_IMAGE]
+            keep = batched_nms(boxes - lowest, scores, labels, self.head.nms_threshold)
+            keep = keep[scores[keep] >= threshold][:max_detections]
             # From the branch's frame to the original image's.
             height, width = (side * self.frame_scale(branch) for side in size)
             boxes = clip_boxes_to_image(boxes[keep], (height, width))
@@ -185,6 +194,7 @@ class Detector(nn.Module):
         """A copy for inference, in eval mode, with BatchNorm folded into the convolutions: equal numbers, less work."""
         model = copy.deepcopy(self).eval()
         fold_batchnorm(model.backbone)
+        model.is_folded = True
         return model.eval().to(memory_format=torch.channels_last)
 
     @property

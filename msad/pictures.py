@@ -20,8 +20,7 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 from . import processes
-from .data import read_image
-from .files import InputError, writing
+from .files import InputError, read_image, writing
 
 THRESHOLD = 0.4  # score below which nothing is drawn
 TAGS = 100  # of a panel, for the best
@@ -45,8 +44,7 @@ def beside(teacher, student, branches):
 def look(image, columns, autocast):
     """What `columns`, {label: (model, branch)}, find in one image (3,h,w) uint8 -> {label: detections}."""
     with autocast:
-        pixels = image.float() / 255
-        return {label: model.detect([pixels], branch)[0] for label, (model, branch) in columns.items()}
+        return {label: model.detect(image, branch)[0] for label, (model, branch) in columns.items()}
 
 
 def truth(annotations, index):
@@ -139,16 +137,17 @@ def color(index):
 def read_all(source):
     """Yield (number, path, image) for a picture, or for each in a folder (not below it), numbered by name from 1.
 
-    Files of a folder that cannot be read are left out with a line each, and counted. InputError if nothing is left.
+    Files of a folder that cannot be read are left out with a line each, and counted; only hidden ones are passed over.
+    InputError if nothing is left.
     """
     source, left_out = Path(source), 0
     if not source.exists():
         raise InputError(f"{source}: no such picture or folder")
-    kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     try:
-        files = sorted(f for f in source.iterdir() if f.suffix.lower() in kinds) if source.is_dir() else [source]
+        visible = source.is_dir() and [f for f in source.iterdir() if f.is_file() and not f.name.startswith(".")]
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from None
+    files = sorted(visible) if source.is_dir() else [source]
     for number, path in enumerate(tqdm(files, "looking", leave=False, disable=None), start=1):
         try:
             image = read_image(path)
@@ -162,12 +161,13 @@ def read_all(source):
     if left_out == len(files):
         raise InputError(f"{source}: no readable picture in this folder")
     if left_out:
-        print(f"left out: {left_out} of {len(files)} pictures", file=sys.stderr)
+        print(f"left out: {left_out} of {len(files)} files", file=sys.stderr)
 
 
 def save(picture, out, number, file):
     """Write a picture of `file`, the one of that number in its set, into the folder `out`."""
-    path = Path(out) / f"{number:04d}_{file.stem}.jpg"
+    stem = file.stem.encode()[:200].decode(errors="ignore")  # a file's name may have 255 bytes, this one's too
+    path = Path(out) / f"{number:04d}_{stem}.jpg"
     with writing(path, "choose another --out"):
         picture.save(path, quality=92, subsampling=0)
 

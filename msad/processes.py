@@ -10,6 +10,9 @@ import torch.distributed as dist
 from .files import InputError
 
 
+TORCHRUN = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets beside RANK
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser with one line a flag, and one line for what is wrong. What is not typed leaves no trace."""
 
@@ -27,19 +30,39 @@ def run_script(main):
     try:
         code = main()
     except InputError as error:
-        # A worker process wraps the message in its traceback; the last line is ours.
-        print(f"error: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
-        code = 2
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        code = complain(error)
+    except (RuntimeError, MemoryError) as error:
+        if not explain(error):
             raise
-        print("error: a process that reads images died; go on with --resume and fewer --workers", file=sys.stderr)
-        code = 2
+        code = complain(explain(error))
     except KeyboardInterrupt:
         code = 130
+    if dist.is_initialized() and code:
+        # Others may wait for this process in a collective: it leaves at once, and torchrun ends them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def complain(error):
+    """Print the one line of a mistake -> exit code 2. A worker process wraps it in its traceback: the last line is ours."""
+    print(f"error: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
+    return 2
+
+
+def explain(error):
+    """What to do about an error that comes from the machine's limits, or None for any other."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return "out of memory: try a smaller --batch, smaller --short-sides and --long-side, or --precision bf16"
+    if "DataLoader worker" in text and "shared memory" in text:
+        return "no room in /dev/shm for the processes that read pictures: fewer --workers, or docker run --ipc=host"
+    if "DataLoader worker" in text or "DataLoader timed out" in text:
+        return "a process that reads pictures died: try fewer --workers"
+    return None
 
 
 def start(name):
@@ -47,6 +70,9 @@ def start(name):
 
     `name` is "cuda", "cpu" or "": CUDA where there is one. Raises InputError for a device that is not there.
     """
+    missing = [variable for variable in TORCHRUN if variable not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise InputError(f"RANK is set but {', '.join(missing)} not: start with torchrun, or unset RANK")
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

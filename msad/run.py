@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import checkpoint, evaluation, pictures, processes
-from .files import InputError, blamed, writing
+from .files import InputError, blamed, open_locked, writing
 
 INTERRUPTED = 130  # the exit code of a run that was stopped
 
@@ -40,22 +40,28 @@ def start(settings):
 
 
 def open_folder(out, resume):
-    """Make the folder of a run. A fresh run moves an earlier one's files aside instead of writing over them."""
+    """Make the folder of a run, for this run alone -> its log, opened (by the main process).
+
+    A fresh run moves an earlier one's files aside instead of writing over them.
+    """
+    log = None
     if processes.is_main():
-        with writing(out, "choose another --out"):
+        mend = "choose another --out"
+        with writing(out, mend):
             out.mkdir(parents=True, exist_ok=True)
-            (out / ".writable").touch()
-            (out / ".writable").unlink()
-        if not resume:
-            keep_earlier(out)
-        elif not (out / "last.pt").exists():
+        log = open_locked(out / "log.jsonl", mend)
+        if not resume and keep_earlier(out):
+            log = open_locked(out / "log.jsonl", mend)
+        elif resume and not (out / "last.pt").exists():
             print(f"{out} holds no checkpoint yet: starting from the beginning")
     processes.barrier()
+    return log
 
 
 def keep_earlier(out):
-    """Give the files of an earlier run a number of their own."""
-    files = [out / name for name in ("last.pt", "log.jsonl", "curve.png", "sheet.jpg") if (out / name).exists()]
+    """Give the files of an earlier run a number of their own -> whether there were any."""
+    files = [out / name for name in ("last.pt", "log.jsonl", "curve.png", "sheet.jpg")]
+    files = [path for path in files if path.exists() and path.stat().st_size]
     if files:
         number = 1
         while any(path.with_stem(f"{path.stem}.{number}").exists() for path in files):
@@ -63,6 +69,7 @@ def keep_earlier(out):
         for path in files:
             os.replace(path, path.with_stem(f"{path.stem}.{number}"))
         print(f"the earlier run in {out} was kept: {', '.join(f'{p.stem}.{number}{p.suffix}' for p in files)}")
+    return bool(files)
 
 
 def print_header(settings, model, train, val, device, out):
@@ -130,26 +137,57 @@ def check_finite(iteration, numbers):
 
 
 class Run:
-    """A training run in the folder `out`, from iteration `start` on."""
+    """A training run in the folder `out`, from iteration `start` on. A context: within it the first Ctrl-C or SIGTERM is
+    a request to stop after the iteration, and what ends it names the checkpoint to go on from."""
 
-    def __init__(self, script, out, settings, model, optimizer, validation_set, autocast, saved=None, **kept):
+    def __init__(self, script, out, log, settings, model, optimizer, validation_set, autocast, saved=None, **kept):
         """`saved` is the checkpoint's content that the run goes on from; `kept` is written into each new one."""
-        self.script, self.out, self.settings, self.kept = script, out, settings, kept
+        self.script, self.out, self.log, self.settings, self.kept = script, out, log, settings, kept
         self.model, self.optimizer = model, optimizer
         self.validation_set, self.autocast = validation_set, autocast
-        self.start, length = restore_optimizer(saved["training"], optimizer, out / "last.pt") if saved else (0, 0)
-        self.log = open_log(out / "log.jsonl", length) if processes.is_main() else None
+        self.start, self.evaluated, length = 0, 0, 0  # iterations done, and done when last evaluated; bytes of the log
+        if saved:
+            self.start, self.evaluated, length = restore_optimizer(saved["training"], optimizer, out / "last.pt")
+        if log:  # what came after the checkpoint will come again; of a log that was lost, what is left goes on
+            with self.writing_log():
+                log.truncate(min(length, log.tell()))
+                log.seek(0, os.SEEK_END)
+        self.stop_wanted = self.stop_agreed = False
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         self.began = time.monotonic()
         silent = None if processes.is_main() else True  # None: a bar only on a terminal
-        self.bar = tqdm(total=settings.iters, initial=self.start, disable=silent, dynamic_ncols=True)
-        self.stop_wanted = self.stop_agreed = False
-        self.handlers = {number: signal.signal(number, self.note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.bar = tqdm(total=self.settings.iters, initial=self.start, disable=silent, dynamic_ncols=True)
+        if self.start > self.evaluated and self.is_due(self.start, self.settings.eval_every):
+            self.evaluate(self.start)  # the run had ended between saving and evaluating
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if error and processes.explain(error):
+            raise InputError(f"{processes.explain(error)}; {self.go_on()}") from None
 
     def note_stop(self, number, frame):
-        """The first SIGTERM or Ctrl-C is a request to stop after the iteration; a second one does not wait."""
+        """The first SIGTERM or Ctrl-C asks to stop, a second one does not wait."""
+        line = "\nstopping without saving\n" if self.stop_wanted else "\nstopping after this iteration, then saving ...\n"
+        if processes.is_main():
+            os.write(2, line.encode())  # print is not safe in the middle of another
         if self.stop_wanted:
             raise KeyboardInterrupt
         self.stop_wanted = True
+
+    def go_on(self):
+        """How to go on from the last checkpoint."""
+        if not (self.out / "last.pt").exists():
+            return "there is no checkpoint yet"
+        return "go on with: " + shlex.join(["python", self.script, "--resume", "--out", self.out.as_posix()])
+
+    def is_due(self, done, every):
+        """Whether something is to be done after so many iterations; the last one is the end's own."""
+        return done % every == 0 and done < self.settings.iters
 
     def read(self, loss, losses, gradient, **more):
         """Scalars of a step, losses as {branch: {part: scalar}} -> {name: float}; of several processes the means.
@@ -171,37 +209,45 @@ class Run:
         self.show_progress(done, shown)
         if iteration % settings.log_every == 0:
             self.write(iteration=iteration, lr=self.optimizer.param_groups[0]["lr"], **shown)
-        last, stop = done == settings.iters, self.stop_agreed
-        if done % settings.eval_every == 0 and not last:
-            self.evaluate(done)
-        if done % settings.save_every == 0 or last or stop:
+        last, stop = done == settings.iters, self.stop_agreed and done < settings.iters
+        # Saved first: an evaluation may fail. And once more after it, or a resumed run would evaluate again.
+        save = stop or last or self.is_due(done, settings.save_every)
+        if save:
             self.save(done)
-        if stop and not last and processes.is_main():
-            command = shlex.join(["python", self.script, "--resume", "--out", self.out.as_posix()])
-            print(f"\nstopped after {done} iterations; go on with: {command}")
-        return stop and not last
+        if not stop and self.is_due(done, settings.eval_every):
+            self.evaluate(done)
+            if save:
+                self.save(done)
+        if stop and processes.is_main():
+            print(f"\nstopped after {done} iterations; {self.go_on()}")
+        return stop
 
     def evaluate(self, done):
         """{branch: metrics} of all of the model's branches, written to the log."""
         results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
         for branch, metrics in results.items():
             self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
+        self.evaluated = done
         return results
 
     def save(self, done):
         """Write OUT/last.pt, with everything a resumed run needs. It counts on the log so far, on the disk."""
         if self.log:
-            with writing(self.out / "log.jsonl"):
+            with self.writing_log():
                 os.fsync(self.log.fileno())
-            training = {"done": done, "optimizer": self.optimizer.state_dict(), "log": self.log.tell()}
-            checkpoint.save(self.out / "last.pt", self.model, training | {"settings": vars(self.settings)} | self.kept)
+            training = {"done": done, "evaluated": self.evaluated, "log": self.log.tell(), **self.kept}
+            training |= {"optimizer": self.optimizer.state_dict(), "settings": vars(self.settings)}
+            checkpoint.save(self.out / "last.pt", self.model, training)
 
     def write(self, **entry):
         """A line of the log, which holds nothing that differs between two runs of the same seed."""
         if self.log:
-            with writing(self.out / "log.jsonl", "--resume goes on from the last checkpoint, if there is one"):
+            with self.writing_log():
                 self.log.write((json.dumps(entry) + "\n").encode())
                 self.log.flush()
+
+    def writing_log(self):
+        return writing(self.out / "log.jsonl", "--resume goes on from the last checkpoint, if there is one")
 
     def show_progress(self, done, numbers):
         """On the bar, or, where there is no terminal, as a line now and then."""
@@ -216,13 +262,6 @@ class Run:
         if self.bar.disable and done % (5 * every) == 0:
             left = tqdm.format_interval(seconds * (self.settings.iters - done))
             print(f"{done}/{self.settings.iters} {text}, {left} left", flush=True)
-
-    def finish(self):
-        """After the last iteration: {branch: metrics}, as `evaluate`."""
-        self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        return self.evaluate(self.settings.iters)
 
     def report(self, rows, columns, next_command):
         """The last lines: what was reached, {row: metrics}, where it lies, and what to do with the checkpoint next.
@@ -246,7 +285,8 @@ def evaluate_all(model, dataset, settings, autocast):
 
 
 def restore_optimizer(training, optimizer, path):
-    """Bring an optimizer to its stored state -> iterations done, length of the log. Raises InputError."""
+    """Bring an optimizer to its stored state -> iterations done, iterations done
+    when it was last evaluated, length of the log. Raises InputError."""
     with blamed(path):
         groups = optimizer.state_dict()["param_groups"]  # these follow from the settings
         optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
@@ -255,16 +295,7 @@ def restore_optimizer(training, optimizer, path):
             shapes = {name: value.shape for name, value in state.items()}
             if shapes != {name: () if name == "step" else p.shape for name in names}:
                 raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is {shapes}")
-        done, length = training["done"], training["log"]
-        if not (type(done) is type(length) is int and min(done, length) >= 0):
-            raise ValueError(f"done {done!r}, log {length!r}")
-    return done, length
-
-
-def open_log(path, length):
-    """The log, cut off at what the checkpoint knows: what came after it will come again."""
-    with writing(path, "--resume goes on from the last checkpoint, if there is one"):
-        log = open(path, "ab")
-        log.truncate(min(length, log.tell()))  # of a log that was lost, what is left goes on
-        log.seek(0, os.SEEK_END)
-    return log
+        numbers = training["done"], training["evaluated"], training["log"]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"done, evaluated, log: {numbers!r}")
+    return numbers

@@ -138,6 +138,8 @@ def resume_settings(typed, own, content, path):
         for name, value in stored.items():
             check_stored(name, value, defaults[name])
     changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != stored[name]]
+    if {typed.get("weights"), stored["weights"]}.isdisjoint(("imagenet", "teacher", "none")):
+        changed = [name for name in changed if name != "weights"]  # a file, of which only the start had need
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')} {typed[name]} (was {stored[name]})" for name in changed)
         raise InputError(f"{path}: was trained with other settings: {flags}; leave them out, or start a new --out")
