@@ -5,9 +5,9 @@
     python evaluate.py --ckpt runs/student/last.pt --teacher runs/teacher/last.pt --draw    and pictures of both
     python evaluate.py --ckpt runs/student/last.pt --images FILE_OR_FOLDER --draw           without annotations
 
---detections FILE and --images write COCO's result format: a list of {"image_id": as in the data's annotations, of --images
-the file's name; "category_id": as in the data the checkpoint was trained on; "bbox": [x, y, width, height] in the
-picture's pixels, upright; "score": 0 to 1}. --images writes it to OUT/detections.json.
+--detections FILE and --images write COCO's result format: a list of {"image_id": as in the data's annotations; of
+--images the file's name, which is "file_name" too; "category_id": as in the data the checkpoint was trained on; "bbox":
+[x, y, width, height] in the picture's pixels, upright; "score": 0 to 1}. --images writes it to OUT/detections.json.
 """
 
 import json
@@ -51,7 +51,7 @@ def main():
     precision = args.precision or processes.native_precision(device)
     autocast = processes.autocast(device, precision)
 
-    # The model, its branches, and the columns of what is drawn: two of a teacher's, if there is one, come first.
+    # The model, the branches that are read, and the columns of what is drawn, a teacher's first.
     content = checkpoint.read(args.ckpt)
     model = checkpoint.restore(content, args.ckpt).to(device)
     if args.res and args.res not in model.branches:
@@ -59,12 +59,10 @@ def main():
         raise InputError(f"--res {args.res}: {args.ckpt} is a model of kind {model.config.kind}, which has {has}")
     branches = [args.res] if args.res else list(model.branches[:1]) if args.images else sorted(model.branches)
     columns = pictures.readings(model.config.kind, model, branches)
-    labels = list(columns)
     if args.teacher:
         teacher = checkpoint.load(args.teacher, device, want="teacher")
         check_classes("the teacher", teacher.config.classes, "the checkpoint", model.config.classes)
         columns = pictures.beside(teacher, model, branches)
-        labels = list(columns)[-len(branches) :]
 
     out = Path(args.out or Path(args.ckpt).parent / "pictures")
     if args.images and out.resolve() == Path(args.images).resolve():
@@ -83,7 +81,9 @@ def main():
         return None
     print(f"{args.ckpt}: {model.config.kind}, {model.config.backbone} x{model.config.width:g}; {annotations.summary()}")
     found = {b: results[b][0] | {"cost": evaluation.measure_cost(model, dataset, b, autocast)} for b in branches}
-    print_numbers(args, dict(zip(labels, found.items())), f"{device}, {precision}, {torch.get_num_threads()} thread(s)")
+    for branch, numbers in found.items():
+        print_numbers(model, branch, numbers, args.per_class)
+    print(f"\nmeasured on {device}, {precision}, {torch.get_num_threads()} thread(s)")
     if args.json:
         write_json(args.json, found, indent=1)
     if args.detections:
@@ -120,17 +120,16 @@ def data_of(args, content):
     return folder
 
 
-def print_numbers(args, found, how):
-    """{label: (branch, metrics with "cost")}, measured on a device as `how` says."""
-    for label, (branch, numbers) in found.items():
-        print(f"\n{label}")
-        print("  ".join(f"{name} {evaluation.percent(numbers[name])}" for name in evaluation.METRICS))
-        print(f"{evaluation.cost_line(branch, numbers['cost'])}, the padded size most images have")
-        ms = numbers["cost"]["ms"]
-        print(f"network {ms['network']:.1f} ms, post-processing {ms['postprocessing']:.1f} ms per single image; {how}")
-        if args.per_class:
-            for name, value in numbers["classes"].items():
-                print(f"  {name:20} {evaluation.percent(value):>6}")
+def print_numbers(model, branch, numbers, per_class):
+    """What was measured of a branch: metrics, and "cost" as from measure_cost."""
+    print(f"\n{model.config.kind} @ {branch}")
+    print("  ".join(f"{name} {evaluation.percent(numbers[name])}" for name in evaluation.METRICS))
+    print(f"{evaluation.cost_line(branch, numbers['cost'])}, the padded size most images have")
+    milliseconds = numbers["cost"]["ms"]
+    print("network {network:.1f} ms, post-processing {postprocessing:.1f} ms per single image".format(**milliseconds))
+    if per_class:
+        for name, value in numbers["classes"].items():
+            print(f"  {name:20} {evaluation.percent(value):>6}")
 
 
 def coco_results(found, image_ids, classes):
@@ -165,7 +164,7 @@ def look_at_images(args, model, columns, out, autocast):
                 pictures.save(pictures.strip(image, seen, model.config.classes, args.threshold), out, number, path)
             except (InputError, OSError, ValueError) as error:  # what was found must not be lost for it
                 failed.append(str(error))
-    results = coco_results(found, names, model.config.classes)
+    results = [e | {"file_name": e["image_id"]} for e in coco_results(found, names, model.config.classes)]
     write_json(out / "detections.json", results)
     print(f"{list(columns)[-1]}: {len(results)} detections in {len(names)} picture(s)")
     if args.draw:

@@ -31,8 +31,7 @@ INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), (225, 225, 225)
 def readings(name, model, branches):
     """{label: (copy of the model for inference, branch)}, the columns of a strip; labels as in "teacher @ fused"."""
     model = model.folded()
-    labels = [f"{branch} resolution" if name == branch else f"{name} @ {branch}" for branch in branches]
-    return {label: (model, branch) for label, branch in zip(labels, branches)}
+    return {f"{name} @ {branch}": (model, branch) for branch in branches}
 
 
 def beside(teacher, student, branches):
