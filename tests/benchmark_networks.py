@@ -4,21 +4,25 @@ Run as a script, with "ours" or "peer": prints the megabytes that a step of that
 """
 
 import gc
+import math
 import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torchvision
+from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train
-
-from msad import align, distillation, models, settings, training
-from msad.detector import ModelConfig
+from msad import align, distillation, models, processes
+from msad.fusion import LOSS_WEIGHTS
+from msad.models import ModelConfig
+from msad.run import build_optimizer, check_finite, set_learning_rate
+from msad.settings import COCO
 
 HEIGHT, WIDTH = 512, 768
 CLASSES = tuple({"id": k + 1, "name": str(k)} for k in range(80))
@@ -40,22 +44,34 @@ def pictures(batch, low=False, scale=1.0, boxes=100):
     return images, list(torch.cat([corner, corner + side], dim=2)), list(torch.randint(0, 80, (batch, boxes)))
 
 
-def updated(model):
-    return training.Update(model, training.optimizer_for(model, settings.COCO), settings.COCO, CPU)
+def make_update(model):
+    """A function that does with a loss what both scripts do: backward, the look at its numbers, new weights."""
+    settings = Namespace(**COCO)
+    optimizer = build_optimizer(model, settings)
+
+    def update(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+        check_finite(1, {"loss": loss.item(), "gradient": gradient.item()})
+        set_learning_rate(optimizer, settings, 1)
+        optimizer.step()
+
+    return update
 
 
 def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
     """A training step as train.py makes it, from uint8 images to updated weights."""
     model = models.build(config(kind, head=head)).train()
-    update = updated(model)
+    update = make_update(model)
     images, boxes, labels = pictures(batch, kind == "low", scale)
-    autocast = training.autocast_for(CPU, precision)
+    autocast = processes.autocast(CPU, precision)
 
     def step():
         with autocast:
             _, outputs = model(model.normalize(images, [tuple(images.shape[-2:])] * batch))
         losses = model.losses(outputs, boxes, labels)
-        update(1, sum(train.WEIGHT[name.split("/")[0]] * value for name, value in losses.items()), losses)
+        update(sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values()))
 
     return step
 
@@ -64,7 +80,7 @@ def our_distillation(batch=2):
     """A step as distill.py makes it: the frozen teacher's fused pyramid, the student forward and backward."""
     teacher = distillation.freeze(models.build(config("teacher")))
     student = models.build(config("low")).train()
-    update = updated(student)
+    update = make_update(student)
     images, boxes, labels = pictures(batch)
 
     def step():
@@ -73,8 +89,8 @@ def our_distillation(batch=2):
         losses = student.losses(outputs, boxes, labels)
         with torch.no_grad():
             fused = teacher.pyramids(high, ["fused"])["fused"]
-        losses["kd"] = 0.6 * distillation.pyramid_l1(pyramids["low"], fused)
-        update(1, sum(losses.values()), losses)
+        distance = distillation.pyramid_l1(pyramids["low"], fused)
+        update(sum(losses["low"].values()) + distillation.WEIGHT * distance)
 
     return step
 
@@ -83,7 +99,7 @@ def our_inference(precision="fp32", **changes):
     """One low-resolution image to boxes."""
     model = models.build(config("low", **changes)).folded()
     image = pictures(1, low=True)[0][0].float() / 255
-    autocast = training.autocast_for(CPU, precision)
+    autocast = processes.autocast(CPU, precision)
 
     def run():
         with autocast:
@@ -153,7 +169,8 @@ def postprocessing(head):
         found = (targets["labels"] >= 0) & (targets["labels"] < len(CLASSES))
         outputs["logits"].fill_(-6.0)
         outputs["logits"][found, targets["labels"][found]] = 2.0
-        outputs["boxes"] = targets["boxes"]
+        regressed = "distances" if head == "fcos" else "deltas"
+        outputs[regressed] = targets[regressed]
     sizes = [tuple(images.shape[-2:])]
     finish = torch.inference_mode()(lambda: model.postprocess(outputs, "low", sizes, [(HEIGHT, WIDTH)]))
     assert len(finish()[0]["scores"]) > 50

@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from msad import align
-from msad.models import build
-from msad.detector import ModelConfig
+from msad.models import ModelConfig, build
 
 HEIGHT, WIDTH = 832, 1344
 HIGH, LOW, FUSED, STUDENT, INK = (44, 95, 160), (206, 110, 40), (120, 70, 150), (40, 130, 90), (40, 40, 40)

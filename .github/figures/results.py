@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from msad import checkpoint, cost
-from msad.curve import ticks
+from msad import checkpoint, evaluation
+from msad.pictures import ticks
 
 # Row: the run's folder, the branch, and what the row is called.
 ROWS = (
@@ -115,7 +115,7 @@ def points(runs, found, head):
         for seed in list(seeds)[:1]:
             model = checkpoint.load(Path(runs) / f"{head}-{seed}" / folder / "last.pt")
             side = model.config.short_side
-            total = cost.gmacs(model, branch, side, side)["total"]
+            total = evaluation.count_cost(model, branch, side, side)["gmacs"]["total"]
             ap = statistics.mean(100 * e["AP"] for e in seeds.values())
             result.append((name.replace("*", ""), folder, total, ap))
     return result

@@ -17,8 +17,8 @@ from torchvision.ops import box_iou
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from msad import align, annotations, checkpoint, pictures, training
-from msad.data import CocoDataset, eval_batches, loader
+from msad import align, annotations, checkpoint, pictures, processes
+from msad.data import SHAPES, CocoDataset, eval_batches, loader
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}  # COCO's, in the file's pixels
 INK, PAPER, PALE = (40, 40, 40), (255, 255, 255), (225, 225, 225)
@@ -46,7 +46,7 @@ def levels_of_objects(model, found):
     dataset = CocoDataset(found, (model.config.short_side,), model.config.long_side)
     seen = torch.zeros(len(align.STRIDES), dtype=torch.bool)
     for index in range(len(dataset)):
-        image, boxes, labels, _ = dataset[index, 0]
+        image, boxes, labels = dataset[index, 0][:3]
         height, width = model.padded_size(image.shape[1:])
         sizes = [(-(-height // stride), -(-width // stride)) for stride in align.STRIDES]
         owned = model.head.assign(sizes, [boxes], [labels])["labels"][0]
@@ -101,7 +101,7 @@ def choose(found, columns, autocast):
 
 
 def main():
-    runs, data = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else training.SHAPES
+    runs, data = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else SHAPES
     found = annotations.read(data, "val")
     teacher = checkpoint.load(runs / "teacher" / "last.pt")
     table, _ = gate(teacher, found)
@@ -111,7 +111,7 @@ def main():
     conventional = checkpoint.load(runs / "conventional" / "last.pt")
     columns = pictures.readings("conventional", conventional, ["low"])
     columns |= pictures.readings("student", checkpoint.load(runs / "student" / "last.pt"), ["low"])
-    autocast = training.autocast_for(torch.device("cpu"), "fp32")
+    autocast = processes.autocast(torch.device("cpu"), "fp32")
     index, gain = choose(found, columns, autocast)
     strip = pictures.compare(found, index, columns, autocast, side=320, per_row=3)
     strip.save(figures / "strip.png", optimize=True)
