@@ -59,7 +59,7 @@ def main():
     # Models and optimizer.
     check_classes("the data", train.classes, "the teacher", teacher.config.classes)
     student = checkpoint.restore(saved, out / "last.pt") if saved else new_student(settings, teacher)
-    network = processes.parallel(student.to(device))
+    network = processes.parallel(student.to(device), settings.norm)
     optimizer = build_optimizer(student, settings)
     teacher = distillation.freeze(teacher).to(device)
 
@@ -70,29 +70,32 @@ def main():
     print_table(rows)
     kept = {"teacher": results, "teacher_checksum": checksum}
     run = Run("distill.py", out, log, settings, student, optimizer, low_set, autocast, saved, **kept)
-    batches = train_loader(training_set, settings.pad, settings, run.start, device)
-    student.train()
+    batches = run.timed(train_loader(training_set, settings.pad, settings, run.start, device))
+    processes.set_training(student, settings.norm)
 
     with run:
         for iteration in range(run.start, settings.iters):
-            batch = next(batches).to(device)
-            high = student.normalize(batch.images, batch.sizes)
-            with autocast:
-                pyramids, outputs = network(align.downsample(high, settings.downsample))
-            losses = student.losses(outputs, batch.boxes, batch.labels)
-            loss = sum(losses["low"].values())
-            distances = {}
-            if settings.kd:
-                with torch.no_grad(), autocast:
-                    fused = teacher.pyramids(high, ["fused"])["fused"]
-                distance = distillation.DISTANCES[settings.kd_loss](pyramids["low"], fused)
-                distances["kd"] = settings.kd * distillation.ramp(iteration, settings.kd_ramp) * distance
-                loss = loss + distances["kd"]
-
             optimizer.zero_grad()
-            loss.backward()
+            parts = next(batches).to(device).split(settings.accumulate)
+            for batch in parts:
+                network.require_backward_grad_sync = batch is parts[-1]  # several processes average gradients once
+                high = student.normalize(batch.images, batch.sizes)
+                with autocast:
+                    pyramids, outputs = network(align.downsample(high, settings.downsample))
+                losses = student.losses(outputs, batch.boxes, batch.labels)
+                loss = sum(losses["low"].values())
+                distances = {}
+                if settings.kd:
+                    with torch.no_grad(), autocast:
+                        fused = teacher.pyramids(high, ["fused"])["fused"]
+                    distance = distillation.DISTANCES[settings.kd_loss](pyramids["low"], fused)
+                    distances["kd"] = settings.kd * distillation.ramp(iteration, settings.kd_ramp) * distance
+                    loss = loss + distances["kd"]
+                (loss / len(parts)).backward()
+                run.note(loss, losses, **distances)
+
             gradient = clip_grad_norm_(student.parameters(), settings.clip or math.inf)
-            numbers = run.read(loss, losses, gradient, **distances)
+            numbers = run.read(gradient)
             check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
             set_learning_rate(optimizer, settings, iteration)
             optimizer.step()

@@ -60,27 +60,30 @@ def main():
         model = models.build(model_config(settings, kind, train.classes))
         if settings.weights != "none":
             checkpoint.load_backbone(model, settings.weights)
-    network = processes.parallel(model.to(device))
+    network = processes.parallel(model.to(device), settings.norm)
     optimizer = build_optimizer(model, settings)
 
     log = open_folder(out, resume)
     print_header(settings, model, train, val, device, out)
     run = Run("train.py", out, log, settings, model, optimizer, validation_set, autocast, saved)
-    batches = train_loader(training_set, model.multiple, settings, run.start, device)
-    model.train()
+    batches = run.timed(train_loader(training_set, model.multiple, settings, run.start, device))
+    processes.set_training(model, settings.norm)
 
     with run:
         for iteration in range(run.start, settings.iters):
-            batch = next(batches).to(device)
-            with autocast:
-                _, outputs = network(model.normalize(batch.images, batch.sizes))
-            losses = model.losses(outputs, batch.boxes, batch.labels)
-            loss = sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
-
             optimizer.zero_grad()
-            loss.backward()
+            parts = next(batches).to(device).split(settings.accumulate)
+            for batch in parts:
+                network.require_backward_grad_sync = batch is parts[-1]  # several processes average gradients once
+                with autocast:
+                    _, outputs = network(model.normalize(batch.images, batch.sizes))
+                losses = model.losses(outputs, batch.boxes, batch.labels)
+                loss = sum(LOSS_WEIGHTS[branch] * value for branch, part in losses.items() for value in part.values())
+                (loss / len(parts)).backward()
+                run.note(loss, losses)
+
             gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
-            numbers = run.read(loss, losses, gradient)
+            numbers = run.read(gradient)
             check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
             set_learning_rate(optimizer, settings, iteration)
             optimizer.step()

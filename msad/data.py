@@ -25,8 +25,6 @@ from .files import InputError, read_image, to_rgb, writing
 
 
 SHAPES = "data/shapes"  # the drawn set, in the folder a script is called from
-
-
 PATIENCE = 900  # seconds without a batch after which a run gives up on the processes that read pictures
 
 
@@ -45,6 +43,11 @@ class Batch(NamedTuple):
         """The batch on a device; copies from pinned memory do not wait. There boxes and labels are a list by image."""
         images, boxes, labels = (x.to(device, non_blocking=True) for x in (self.images, self.boxes, self.labels))
         return self._replace(images=images, boxes=boxes.split(self.counts), labels=labels.split(self.counts))
+
+    def split(self, parts):
+        """A batch on a device -> a list of batches with as many images each."""
+        size = len(self.images) // parts
+        return [Batch(*(field[first : first + size] for field in self)) for first in range(0, size * parts, size)]
 
 
 def fitted_size(height, width, short_side, long_side):

@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.ops import box_area
 
 from . import align, heads
+from .processes import mean_over_processes
 
 RANGES = (-1, 64, 128, 256, 512, math.inf)  # between which a box's farthest side from the location lies, level by level
 CENTER_RADIUS = 1.5  # strides around a box's centre in which locations are trained to find it
@@ -61,11 +62,20 @@ class FCOSHead(nn.Module):
 
     @torch.no_grad()
     def assign(self, sizes, boxes, labels):
-        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> a dict: `labels` (N,R), K for background, and `distances`
-        (N,R,4) in strides (1 at background, so that every loss there stays finite before it is masked out)."""
+        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> targets, a dict as from `complete`."""
         points, strides = self.locations(sizes, boxes[0].device)
         pairs = [self.assign_image(points, strides, b, l) for b, l in zip(boxes, labels)]
-        return {"labels": torch.stack([l for l, _ in pairs]), "distances": torch.stack([d for _, d in pairs])}
+        return self.complete(*(torch.stack(column) for column in zip(*pairs)))
+
+    def complete(self, labels, distances):
+        """Targets of a batch: `labels` (N,R), K for background, and `distances` (N,R,4) in strides (1 at background, so
+        that every loss there stays finite before it is masked out) -> these, with `centerness` and `objects` (N,R), 0 at
+        background, and the sums of both that losses are divided by, means over processes."""
+        objects = heads.find_objects(labels, self.classes)
+        centerness = centerness_target(distances) * objects
+        count, total = mean_over_processes(torch.stack([objects.sum(), centerness.sum()]))
+        targets = {"labels": labels, "distances": distances, "objects": objects, "centerness": centerness}
+        return targets | {"count": count.clamp(min=1), "total": total.clamp(min=1e-6)}
 
     def assign_image(self, points, strides, boxes, labels):
         """One image's labels (R,) and distances (R,4)."""
@@ -98,24 +108,20 @@ class FCOSHead(nn.Module):
         return torch.where(candidate, box_area(boxes), math.inf)
 
     def losses(self, outputs, targets):
-        """-> {"cls", "box", "centerness"}: scalars; the normalisers are means over processes."""
-        labels = targets["labels"]
-        positive, count = heads.find_positives(labels, self.classes)
-        # The box loss counts a location by how central it is in its box, and is divided by the sum of these weights.
-        weight = centerness_target(targets["distances"]) * positive
-        total = heads.mean_over_processes(weight.sum()).clamp(min=1e-6)
-
-        box = heads.giou_loss(outputs["distances"], targets["distances"]) * weight
-        centerness = F.binary_cross_entropy_with_logits(outputs["centerness"], weight, reduction="none") * positive
+        """-> {"cls", "box", "centerness"}: scalars."""
+        # The box loss counts a location by how central it is in its box.
+        centerness = targets["centerness"]
+        box = heads.giou_loss(outputs["distances"], targets["distances"]) * centerness
+        center = F.binary_cross_entropy_with_logits(outputs["centerness"], centerness, reduction="none")
         return {
-            "cls": heads.focal_loss(outputs["logits"], labels) / count,
-            "box": box.sum() / total,
-            "centerness": centerness.sum() / count,
+            "cls": heads.focal_loss(outputs["logits"], targets["labels"]) / targets["count"],
+            "box": box.sum() / targets["total"],
+            "centerness": (center * targets["objects"]).sum() / targets["count"],
         }
 
     def decode(self, outputs, where):
-        """Outputs (...,S,*) at the S locations that the mask `where` (R,) marks -> boxes (...,S,4) in H's pixels and
-        scores (...,S,K), zero where the class is below the threshold."""
+        """Outputs (...,S,*) at the S locations of indices `where` (S,) -> boxes (...,S,4) in H's pixels and scores
+        (...,S,K), zero where the class is below the threshold."""
         points, strides = (x[where] for x in self.locations(outputs["sizes"], outputs["distances"].device))
         boxes = heads.distances_to_boxes(points, outputs["distances"] * strides[:, None])
         probability = outputs["logits"].sigmoid()

@@ -10,9 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert
-
-from .processes import mean_over_processes
 
 SCORE_THRESHOLD = 0.05  # of a class's probability, below which a location cannot become a detection
 PRIOR = 0.01  # probability of every class at the start, as in RetinaNet's paper
@@ -34,11 +33,16 @@ def tower(in_channels, channels, convs, norm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, in the layout in which it is fast: on a CPU its backward pass in channels_last bf16 crawls with small
-    groups."""
+    """PyTorch's, where it is fast and small."""
 
     def forward(self, x):
-        if torch.is_grad_enabled() and x.dtype == torch.bfloat16 and self.num_channels < 8 * self.num_groups:
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            # CUDA's autocast would compute it in fp32 and keep maps of twice the size.
+            with torch.autocast("cuda", enabled=False):
+                return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        # On a CPU its backward pass in channels_last bf16 crawls with small groups.
+        small = self.num_channels < 8 * self.num_groups
+        if small and torch.is_grad_enabled() and x.dtype == torch.bfloat16 and not x.is_cuda:
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 
@@ -57,10 +61,9 @@ def flatten_cells(x, channels):
     return x.permute(0, 2, 3, 1).reshape(len(x), -1, channels)
 
 
-def find_positives(labels, classes):
-    """Labels (N,R) -> 1 where there is an object (N,R), and what sums are divided by: their number, but at least 1."""
-    positive = ((labels >= 0) & (labels < classes)).float()
-    return positive, mean_over_processes(positive.sum()).clamp(min=1)
+def find_objects(labels, classes):
+    """Labels (N,R) -> 1.0 where there is an object (N,R), 0.0 where there is background or something to ignore."""
+    return ((labels >= 0) & (labels < classes)).float()
 
 
 def focal_loss(logits, labels):
@@ -70,7 +73,11 @@ def focal_loss(logits, labels):
     few that belong to an object. That is the same sum, without targets as large as the logits.
     """
     classes = logits.shape[-1]
-    background = (loss_of_absent(logits).sum(-1) * (labels >= 0)).sum()
+    if logits.is_cuda:  # computed again in the backward pass, where three copies of the logits would wait for it
+        absent = checkpoint(loss_of_absent, logits, use_reentrant=False, preserve_rng_state=False)
+    else:
+        absent = loss_of_absent(logits)
+    background = (absent.sum(-1) * (labels >= 0)).sum()
     own = logits.gather(-1, labels.clamp(0, classes - 1)[..., None]).squeeze(-1)
     present = ALPHA * (1 - own.sigmoid()) ** 2 * F.softplus(-own)
     return background + ((present - loss_of_absent(own)) * ((labels >= 0) & (labels < classes))).sum()

@@ -165,13 +165,16 @@ class Detector(nn.Module):
         results = []
         for number, (size, original) in enumerate(zip(sizes, originals)):
             # Most locations have nothing: only those whose best class is above the threshold are decoded.
-            likely = tensors["logits"][number].amax(-1).sigmoid() > SCORE_THRESHOLD
+            likely = (tensors["logits"][number].amax(-1).sigmoid() > SCORE_THRESHOLD).nonzero().squeeze(1)
             own = outputs | {name: value[number, likely] for name, value in tensors.items()}
             boxes, scores = self.head.decode(own, likely)
-            # Of each level the best candidates, which are pairs of a location and a class.
-            counts = [int(level.sum()) for level in likely.split(locations_per_level)]
-            candidates = [best_candidates(b, s) for b, s in zip(boxes.split(counts), scores.split(counts))]
-            boxes, scores, labels = (torch.cat(levels) for levels in zip(*candidates))
+            # Candidates are pairs of a location and a class; of each level the best are kept.
+            location, labels = scores.nonzero(as_tuple=True)
+            scores = scores[location, labels]
+            if len(scores) > CANDIDATES_PER_LEVEL:
+                best = best_of_levels(scores, likely[location], locations_per_level)
+                location, labels, scores = location[best], labels[best], scores[best]
+            boxes = boxes[location]
             # Non-maximum suppression within each class. batched_nms moves the classes apart by offsets, which works
             # only where no coordinate is negative.
             lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
@@ -180,7 +183,8 @@ class Detector(nn.Module):
             # From the branch's frame to the original image's.
             height, width = (side * self.frame_scale(branch) for side in size)
             boxes = clip_boxes_to_image(boxes[keep], (height, width))
-            boxes = boxes * boxes.new_tensor([original[1] / width, original[0] / height] * 2)
+            boxes[:, 0::2] *= original[1] / width
+            boxes[:, 1::2] *= original[0] / height
             visible = (boxes[:, 2:] > boxes[:, :2]).all(1)
             keep = keep[visible]
             results.append({"boxes": boxes[visible], "scores": scores[keep], "labels": labels[keep]})
@@ -272,11 +276,13 @@ def build(config):
     return KINDS[config.kind](config).to(memory_format=torch.channels_last)
 
 
-def best_candidates(boxes, scores):
-    """A level's boxes (S,4) and scores (S,K), 0 where out of the question -> the best as boxes, scores, labels."""
-    location, label = scores.nonzero(as_tuple=True)
-    score = scores[location, label]
-    if len(score) > CANDIDATES_PER_LEVEL:
-        score, best = score.topk(CANDIDATES_PER_LEVEL)
-        location, label = location[best], label[best]
-    return boxes[location], score, label
+def best_of_levels(scores, location, locations_per_level):
+    """Scores (S,) of candidates at locations (S,) of all levels -> the indices of each level's best candidates."""
+    best, first = [], 0
+    for count in locations_per_level:
+        (own,) = ((location >= first) & (location < first + count)).nonzero(as_tuple=True)
+        if len(own) > CANDIDATES_PER_LEVEL:
+            own = own[scores[own].topk(CANDIDATES_PER_LEVEL).indices]
+        best.append(own)
+        first += count
+    return torch.cat(best)

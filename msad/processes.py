@@ -1,6 +1,7 @@
 """How a script runs: its command line and its end, its device, alone or as one of torchrun's processes."""
 
 import argparse
+import datetime
 import os
 import sys
 
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from .files import InputError
 
 
+# Memory of sizes that vary from batch to batch is not kept in pieces that fit no other.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+PATIENCE = datetime.timedelta(hours=1)  # until a process that waits for the others gives up: as long as an evaluation
 TORCHRUN = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets beside RANK
 
 
@@ -69,22 +73,33 @@ def start(name):
     """Join torchrun's group if there is one (nccl on CUDA, gloo elsewhere) -> this process's device.
 
     `name` is "cuda", "cpu" or "": CUDA where there is one. Raises InputError for a device that is not there.
+    On CUDA fp32 is fp32: convolutions do not round their input to TF32.
     """
     missing = [variable for variable in TORCHRUN if variable not in os.environ]
     if "RANK" in os.environ and missing:
         raise InputError(f"RANK is set but {', '.join(missing)} not: start with torchrun, or unset RANK")
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name == "cuda":  # where a cluster shows every process its own device only, that is number 0
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not there ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives without a tensor of their own take place
+        torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, own = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
+        dist.init_process_group(backend, timeout=PATIENCE, **own)
     return device
+
+
+def describe(device):
+    """A device in words: a card's name and memory."""
+    if device.type != "cuda":
+        return str(device)
+    card = torch.cuda.get_device_properties(device)
+    return f"{device} ({card.name}, {card.total_memory / 2**30:.0f} GiB)"
 
 
 def native_precision(device):
@@ -119,13 +134,29 @@ def barrier():
         dist.barrier()
 
 
-def parallel(model):
-    """The model wrapped so that gradients are averaged over processes; alone, the model itself."""
+def parallel(model, norm):
+    """The model wrapped so that gradients are averaged over processes; alone, the model itself.
+
+    `norm` says whose statistics BatchNorm uses in training: those of all processes ("sync"; on CUDA), of each process's
+    own images ("local"), or those it starts with ("frozen", see `set_training`).
+    """
     if not dist.is_initialized():
         return model
-    if next(model.parameters()).is_cuda:
+    cuda = next(model.parameters()).is_cuda
+    if norm == "sync" and cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model)
+    # Buffers, BatchNorm's running statistics, differ between processes only where each has its own.
+    own = norm == "local" or norm == "sync" and not cuda
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=own, gradient_as_bucket_view=True)
+
+
+def set_training(model, norm):
+    """Put a model into training mode, its BatchNorm in eval mode if that is "frozen"."""
+    model.train()
+    if norm == "frozen":
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 def mean_over_processes(value):

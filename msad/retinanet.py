@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from . import align, heads
+from .processes import mean_over_processes
 
 SIZES = tuple(4 * 2 ** (third / 3) for third in range(3))  # sides of a square anchor in strides: 32 pixels at stride 8
 RATIOS = (0.5, 1.0, 2.0)  # height / width, at the same area
@@ -55,11 +56,18 @@ class RetinaNetHead(nn.Module):
 
     @torch.no_grad()
     def assign(self, sizes, boxes, labels):
-        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> a dict: `labels` (N,R), K for background and -1 for ignored,
-        and `deltas` (N,R,4) from the anchors (0 where not positive, so that every loss there stays finite)."""
+        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> targets, a dict as from `complete`."""
         anchors = self.anchor_boxes(sizes)
         pairs = [self.assign_image(anchors, b, l) for b, l in zip(boxes, labels)]
-        return {"labels": torch.stack([l for l, _ in pairs]), "deltas": torch.stack([d for _, d in pairs])}
+        return self.complete(*(torch.stack(column) for column in zip(*pairs)))
+
+    def complete(self, labels, deltas):
+        """Targets of a batch: `labels` (N,R), K for background and -1 for ignored, and `deltas` (N,R,4) from the anchors
+        (0 where there is no object, so that every loss there stays finite) -> these, with `objects` (N,R), 1 where there
+        is one, and their number that losses are divided by, a mean over processes."""
+        objects = heads.find_objects(labels, self.classes)
+        count = mean_over_processes(objects.sum()).clamp(min=1)
+        return {"labels": labels, "deltas": deltas, "objects": objects, "count": count}
 
     def assign_image(self, anchors, boxes, labels):
         """One image's labels (R,) and deltas (R,4)."""
@@ -74,15 +82,16 @@ class RetinaNetHead(nn.Module):
         return torch.where(positive, labels[index], other), heads.boxes_to_deltas(anchors, chosen)
 
     def losses(self, outputs, targets):
-        """-> {"cls", "box"}: scalars; the normaliser is a mean over processes."""
-        labels = targets["labels"]
-        positive, count = heads.find_positives(labels, self.classes)
-        box = F.smooth_l1_loss(outputs["deltas"], targets["deltas"], beta=BETA, reduction="none").sum(-1) * positive
-        return {"cls": heads.focal_loss(outputs["logits"], labels) / count, "box": box.sum() / count}
+        """-> {"cls", "box"}: scalars."""
+        box = F.smooth_l1_loss(outputs["deltas"], targets["deltas"], beta=BETA, reduction="none").sum(-1)
+        return {
+            "cls": heads.focal_loss(outputs["logits"], targets["labels"]) / targets["count"],
+            "box": (box * targets["objects"]).sum() / targets["count"],
+        }
 
     def decode(self, outputs, where):
-        """Outputs (...,S,*) at the S anchors that the mask `where` (R,) marks -> boxes (...,S,4) in H's pixels and
-        scores (...,S,K), zero where the class is below the threshold."""
+        """Outputs (...,S,*) at the S anchors of indices `where` (S,) -> boxes (...,S,4) in H's pixels and scores
+        (...,S,K), zero where the class is below the threshold."""
         boxes = heads.deltas_to_boxes(self.anchor_boxes(outputs["sizes"])[where], outputs["deltas"])
         return boxes, F.threshold_(outputs["logits"].sigmoid(), heads.SCORE_THRESHOLD, 0.0)
 

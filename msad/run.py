@@ -31,8 +31,11 @@ def find_checkpoint(out, resume):
 
 def start(settings):
     """Join the other processes, seed everything, settle the precision -> this process's device."""
-    if settings.batch < processes.world_size():
-        raise InputError(f"--batch {settings.batch}: smaller than the number of processes, {processes.world_size()}")
+    count = processes.world_size()
+    if settings.batch < count:
+        raise InputError(f"--batch {settings.batch} is smaller than the number of processes, {count}")
+    if settings.accumulate > 1 and settings.batch % (settings.accumulate * count):
+        raise InputError(f"--accumulate {settings.accumulate}: times {count} processes it must divide --batch")
     device = processes.start(settings.device)
     torch.manual_seed(settings.seed)
     settings.precision = settings.precision or processes.native_precision(device)
@@ -90,7 +93,7 @@ def print_header(settings, model, train, val, device, out):
         f"seed {settings.seed}"
     )
     threads = f"{processes.world_size()} process(es) of {torch.get_num_threads()} threads"
-    print(f"device    {device}, {settings.precision}, {threads}")
+    print(f"device    {processes.describe(device)}, {settings.precision}, {threads}")
     print(f"folder    {out}", flush=True)
 
 
@@ -153,6 +156,7 @@ class Run:
                 log.truncate(min(length, log.tell()))
                 log.seek(0, os.SEEK_END)
         self.stop_wanted = self.stop_agreed = False
+        self.noted, self.waited = [], 0.0  # the step's scalars, by part; seconds without a batch
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -189,18 +193,32 @@ class Run:
         """Whether something is to be done after so many iterations; the last one is the end's own."""
         return done % every == 0 and done < self.settings.iters
 
-    def read(self, loss, losses, gradient, **more):
-        """Scalars of a step, losses as {branch: {part: scalar}} -> {name: float}; of several processes the means.
+    def timed(self, batches):
+        """Yield batches, and add up the seconds that they had to be waited for."""
+        while True:
+            began = time.monotonic()
+            batch = next(batches)
+            self.waited += time.monotonic() - began
+            yield batch
+
+    def note(self, loss, losses, **more):
+        """Keep the scalars of a part of a step, losses as {branch: {part: scalar}}, until they are read."""
+        named = {f"{branch}/{part}": value for branch, parts in losses.items() for part, value in parts.items()}
+        named = {"loss": loss} | named | more
+        self.noted.append({name: torch.as_tensor(value).detach() for name, value in named.items()})
+
+    def read(self, gradient):
+        """What was noted in a step, and its gradient -> {name: float}, means over its parts and all processes.
 
         This is the only time a step waits for the device, and when processes agree about stopping.
         """
-        named = {f"{branch}/{part}": value for branch, parts in losses.items() for part, value in parts.items()}
-        named = {"loss": loss} | named | more | {"gradient": gradient}
-        values = [torch.as_tensor(value, device=loss.device).detach().float() for value in named.values()]
-        stop = torch.full_like(values[0], self.stop_wanted)
-        *values, stop = processes.mean_over_processes(torch.stack([*values, stop])).tolist()
-        self.stop_agreed = stop > 0
-        return dict(zip(named, values))
+        names = [*self.noted[0], "gradient"]
+        parts = [torch.stack([value.float().to(gradient.device) for value in part.values()]) for part in self.noted]
+        values = torch.cat([torch.stack(parts).mean(0), gradient[None], gradient.new_full((1,), self.stop_wanted)])
+        *values, stop = processes.mean_over_processes(values).tolist()
+        self.stop_agreed = stop > 0 if processes.world_size() > 1 else self.stop_wanted
+        self.noted = []
+        return dict(zip(names, values))
 
     def after(self, iteration, numbers):
         """Log, show, evaluate and save when due, after a step with these numbers -> whether the run stops here."""
@@ -255,9 +273,12 @@ class Run:
         every = self.settings.log_every
         if not processes.is_main() or done % every:
             return
-        seconds = (time.monotonic() - self.began) / (done - self.start)
+        elapsed = time.monotonic() - self.began
+        seconds = elapsed / (done - self.start)
         text = " ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-        text += f" {self.settings.batch / seconds:.1f} images/s"
+        text += f" {self.settings.batch / seconds:.1f} images/s, {self.waited / elapsed:.0%} of the time reading"
+        if self.model.mean.is_cuda:
+            text += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable and done % (5 * every) == 0:
             left = tqdm.format_interval(seconds * (self.settings.iters - done))

@@ -39,11 +39,13 @@ TABLE = {
         "fpn_channels": (64, 256, "channels of the pyramid"),
         "head_channels": (64, 256, "channels of the head's towers"),
         "head_convs": (2, 4, "convolutions in each tower"),
+        "norm": ("sync", "sync", "BatchNorm's statistics in training: of all processes, of each, or as at the start"),
         "object_scale": (0.68, 1.0, "sizes of objects as a multiple of COCO's"),
     },
     "optimization": {
         "iters": (2000, 90_000, "training iterations"),
         "batch": (8, 16, "images per iteration, over all processes"),
+        "accumulate": (1, 1, "parts in which a process computes its images of an iteration, one after the other"),
         "lr": (0.003, 0.01, "learning rate, in proportion to --batch"),
         "optimizer": ("adamw", "sgd", "optimizer"),
         "weight_decay": (0.05, 1e-4, "weight decay, none on normalisation layers"),
@@ -72,6 +74,7 @@ CHOICES = {
     "head": tuple(HEADS),
     "backbone": tuple(LAYERS),
     "width": WIDTHS,
+    "norm": ("sync", "local", "frozen"),
     "optimizer": ("sgd", "adamw"),
     "schedule": ("step", "cosine"),
     "precision": ("fp32", "bf16"),
@@ -166,6 +169,8 @@ def check_settings(settings):
     multiple = HEADS[settings.head].channel_multiple
     if settings.head_channels % multiple:
         raise InputError(f"--head-channels must be a multiple of {multiple} for {settings.head}")
+    if settings.batch % settings.accumulate:
+        raise InputError(f"--accumulate {settings.accumulate}: must divide --batch {settings.batch}")
     if settings.pad % 64:
         raise InputError("--pad must be a multiple of 64, or the two pyramids do not align")
 
