@@ -13,8 +13,8 @@ from folders import noise, random_content, write
 from PIL import Image
 
 from msad import annotations
-from msad.files import InputError
 from msad.data import CocoDataset, TrainBatches, collate, eval_batches, fitted_size, loader, pad_to_multiple, resize
+from msad.files import InputError
 
 
 def test_fitted_size_is_the_exact_scale_rounded_down():
@@ -87,12 +87,12 @@ def test_boxes_follow_the_picture_through_resizing_and_mirroring(tmp_path, low):
         box = [rng.randint(0, width - w), rng.randint(0, height - h), w, h]
         truth = one_rectangle(tmp_path, height, width, box, trial)
         settings = (truth, (96, 128, 160, 201), 260, low)
-        image, boxes, labels, index = CocoDataset(*settings, flip=True)[0, f"seed {trial}"]
-        plain, plain_boxes, _, _ = CocoDataset(*settings, flip=False)[0, f"seed {trial}"]
+        image, boxes, labels, index, remark = CocoDataset(*settings, flip=True)[0, f"seed {trial}"]
+        plain, plain_boxes, _, _, _ = CocoDataset(*settings, flip=False)[0, f"seed {trial}"]
         frame = [side * (2 if low else 1) for side in image.shape[:0:-1]]  # width, height in high-resolution pixels
         expected = [fitted_size(height, width, side, 260) for side in settings[1]]
         expected = [tuple(math.ceil(side / 2) for side in size) for size in expected] if low else expected
-        assert tuple(image.shape[1:]) in expected and labels.tolist() == [0, 0] and index == 0
+        assert tuple(image.shape[1:]) in expected and labels.tolist() == [0, 0] and (index, remark) == (0, "")
 
         bright = image[0].float() > 130
         rows, columns = bright.any(1).nonzero()[:, 0], bright.any(0).nonzero()[:, 0]
@@ -114,7 +114,7 @@ def test_boxes_follow_the_picture_through_resizing_and_mirroring(tmp_path, low):
 def test_extreme_pictures_are_read(tmp_path, size, low):
     height, width = size
     truth = one_rectangle(tmp_path, height, width, [0, 0, width, height], 0)
-    image, boxes, _, _ = CocoDataset(truth, (64,), 128, low, flip=True)[0, 1]
+    image, boxes, _, _, _ = CocoDataset(truth, (64,), 128, low, flip=True)[0, 1]
     assert min(image.shape) >= 1 and max(image.shape) <= 128 and image.float().mean() > 100
     frame = torch.tensor(image.shape[:0:-1]) * (2 if low else 1)
     assert boxes[0].tolist() == [0, 0, *frame.tolist()]
@@ -139,7 +139,7 @@ def test_items_are_the_same_whoever_reads_them(tmp_path):
         assert one.images.equal(collate([dataset[item] for item in items], 64).images)
         for other in others:
             assert one.images.equal(other.images) and one.sizes == other.sizes and one.indices == other.indices
-            assert all(a.equal(b) for a, b in zip(one.boxes + one.labels, other.boxes + other.labels))
+            assert one.boxes.equal(other.boxes) and one.labels.equal(other.labels) and one.counts == other.counts
     assert not alone[0].images[0].equal(alone[2].images[0]), "another draw of the same picture"
 
 

@@ -250,6 +250,23 @@ def test_a_picture_of_nothing_has_no_detections():
     assert [found[key].shape for key in ("boxes", "scores", "labels")] == [(0, 4), (0,), (0,)]
 
 
+@pytest.mark.parametrize("head", models.HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_lower_precision_finds_nearly_the_same(dtype, head):
+    picture = torch.randint(256, (3, 100, 140), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = tiny_model("low", head=head)
+    (expected,), (found,) = model.detect(picture), model.to(dtype).detect(picture)
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    assert len(found["scores"]) == pytest.approx(len(expected["scores"]), abs=5)
+    torch.testing.assert_close(found["scores"][:10], expected["scores"][:10], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("kind, branch", [("high", "low"), ("low", "fused"), ("conventional", "fused")])
+def test_a_branch_must_be_one_of_the_models(kind, branch):
+    with pytest.raises(ValueError, match=f"{kind} has no branch '{branch}'"):
+        tiny_model(kind).detect(torch.rand(3, 64, 64), branch)
+
+
 def test_detection_needs_eval_mode():
     model = tiny_model("high").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

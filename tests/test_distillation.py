@@ -71,6 +71,7 @@ def test_pkd_of_channels_that_are_constant_is_finite():
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_pyramids_must_have_the_same_levels(name):
+    assert DISTANCES == {"l1": pyramid_l1, "pkd": pyramid_pkd}
     student, fused = random_pyramids()
     with pytest.raises(ValueError):
         DISTANCES[name](student, fused[:4])

@@ -156,8 +156,8 @@ SPOILT = {  # the annotation file: a change of its content or new bytes (None: n
     "empty": (b"", "is empty"),
     "half": (b'{"images": [{"id": 1', "is not valid JSON"),
     "a name outside the folder": (point_outside, "points outside"),
-    "an image id twice": (lambda c: c["images"][0].update(id=2), "image id 2 stands for two images"),
-    "a category id twice": (lambda c: c["categories"][0].update(id=7), "two categories have the same id"),
+    "an image id twice": (lambda c: c["images"][0].update(id=2), "id 2 stands for two of images"),
+    "a category id twice": (lambda c: c["categories"][0].update(id=7), "id 7 stands for two of categories"),
     "other classes": (lambda c: c["categories"][2].update(name="violet"), "9 violet"),
 }
 

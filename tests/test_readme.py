@@ -1,37 +1,51 @@
-"""What the README says is so: the shapes it prints, the files it names, the commands it gives."""
+"""What the README and its two companions say is so: shapes, links, excerpts, flags, commands and what they print."""
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from textwrap import dedent
 
 import distill
 import evaluate
+import pytest
 import torch
 import train
 from PIL import Image
-from scripts import ROOT, TINY, succeed
+from scripts import ROOT, TINY, call, succeed
 
 from msad import align, models, settings, shapes
-from msad.detector import ModelConfig
 
-README = (ROOT / "README.md").read_text()
-INSTALL, COMPARISON = "pip install -r requirements.txt", ".github/comparison.sh fcos 0"
-PHOTOS = f"{COMPARISON} photos"
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", ".github/RESULTS.md", ".github/NOTES.md")}
 SCRIPTS = {"train.py": train, "distill.py": distill, "evaluate.py": evaluate}
+COMPARISON = ".github/comparison.sh fcos 0"
+PHOTOS = f"{COMPARISON} photos"
+TESTED_ELSEWHERE = ("pip install -r requirements.txt", "python -m pytest", COMPARISON, PHOTOS)
 
 
-def commands():
-    """All lines of the README's blocks that call Python or a shell script, without their comments."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-    lines = [line for language, block in blocks if not language for line in block.splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if line[:1] not in "@} "]
+def blocks(text, language):
+    """All code blocks of a language: [(the paragraph before it, its lines)]."""
+    found = re.findall(r"((?:[^\n]+\n)*)\n```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [(before, code.splitlines()) for before, name, code in found if name == language]
+
+
+def parse(command):
+    """A call of one of the scripts -> its module and what its parser makes of the flags."""
+    words = shlex.split(command)
+    (at,) = [number for number, word in enumerate(words) if word in SCRIPTS]
+    script = SCRIPTS[words[at]]
+    before, sys.argv = sys.argv, words[at:]
+    try:
+        return script, evaluate.parse() if script is evaluate else settings.parse_flags(script.__doc__, script.OWN)
+    finally:
+        sys.argv = before
 
 
 def printed(row):
     """The cells of a row of the table of shapes, each a list of shapes."""
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row} |")]
+    (line,) = [line for line in DOCUMENTS[".github/NOTES.md"].splitlines() if line.startswith(f"| {row} |")]
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
     return [[tuple(map(int, shape.split("×"))) for shape in re.findall(r"\d+(?:×\d+)+", cell)] for cell in cells]
 
@@ -39,8 +53,8 @@ def printed(row):
 @torch.no_grad()
 def test_the_table_of_shapes_is_what_one_image_becomes():
     classes = tuple({"id": k, "name": str(k)} for k in range(80))
-    teacher = models.build(ModelConfig("teacher", classes)).to("meta")
-    student = models.build(ModelConfig("low", classes)).to("meta")
+    teacher = models.build(models.ModelConfig("teacher", classes)).to("meta")
+    student = models.build(models.ModelConfig("low", classes)).to("meta")
     assert teacher.padded_size((800, 1333)) == (832, 1344)
     high = torch.empty(1, 3, 832, 1344, device="meta")
     low = align.downsample(high)
@@ -53,39 +67,109 @@ def test_the_table_of_shapes_is_what_one_image_becomes():
     assert printed("maps")[0] == shape(pyramids["high"]) == shape(pyramids["low"]) == shape(lows["low"])
     assert printed("fused")[0] == shape(pyramids["fused"])
     weights = [teacher.fusion.weights(h, l) for h, l in zip(pyramids["high"], pyramids["low"])]
-    assert "| gate | 5 levels × 2 weights |" in README and shape(weights) == [(2,)] * 5
-    for row in ("logits", "boxes"):
+    assert "| gate | 5 levels × 2 weights |" in DOCUMENTS[".github/NOTES.md"] and shape(weights) == [(2,)] * 5
+    for row in ("logits", "distances"):
         assert printed(row)[0] == shape([outputs["fused"][row]]) == shape([low_outputs["low"][row]])
 
 
-def test_files_and_pictures_that_are_named_are_there():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert len(links) > 8
-    assert not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_is_linked_is_there(name):
+    """Files, pictures and headings."""
+    links = re.findall(r'\]\((?!http)([^)]+)\)|src="([^"]+)"', DOCUMENTS[name])
+    assert len(links) > 3
+    for link in map("".join, links):
+        path, _, heading = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)", target.read_text(), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
-def test_every_command_runs_or_is_marked_as_not_run(tmp_path, monkeypatch):
+def test_the_map_of_the_code_names_every_file():
+    text = DOCUMENTS["README.md"].split("## Reading the code")[1].split("\n## ")[0]
+    named = re.findall(r"`(?:msad/)?(\w+\.py)`", text)
+    files = [path.name for folder in (ROOT, ROOT / "msad") for path in folder.glob("*.py")]
+    assert sorted(named) == sorted(set(files) - {"__init__.py"})
+
+
+def test_excerpts_are_the_source_s_own_lines():
+    """A comment names the file; its lines follow one another there as they do here, except where `...` stands."""
+    excerpts = 0
+    for _, lines in blocks(DOCUMENTS["README.md"], "python"):
+        parts = re.split(r"^# ([\w/]+\.py)\b.*$", "\n".join(lines), flags=re.M)
+        for path, code in zip(parts[1::2], parts[2::2]):
+            source, at = (ROOT / path).read_text().splitlines(), 0
+            for chunk in re.split(r"^\.\.\.$", code, flags=re.M):
+                wanted = chunk.strip("\n")
+                count = wanted.count("\n") + 1
+                places = [i for i in range(at, len(source)) if dedent("\n".join(source[i : i + count])) == wanted]
+                assert wanted and places, (path, wanted)
+                at = places[0] + count
+            excerpts += 1
+    assert excerpts >= 6
+
+
+def test_flags_that_are_named_exist():
+    helps = [call(script, "--help")[1] for script in SCRIPTS.values()]
+    known = set(re.findall(r"--[a-z][a-z_-]+", "".join(helps) + (ROOT / "tests" / "benchmark.py").read_text()))
+    known.add("--nproc_per_node")  # torchrun's
+    for text in DOCUMENTS.values():
+        assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known
+        for span in re.findall(r"`([^`\n]+)`", text):
+            if span.removeprefix("python ").split(" --")[0] in SCRIPTS and " --" in span:
+                parse(span)
+
+
+def pattern(line):
+    """What matches a printed line whatever its numbers, its precision and the width of its columns."""
+    line = re.sub(r"(?<![^ ])-(?![^ ])|\d[\d.]*", "0", line.replace("fp32", "bf16"))
+    return " ".join(line.split())
+
+
+def test_commands_run_and_print_what_is_shown_or_are_marked_as_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "TRAIN", 6)
     monkeypatch.setattr(shapes, "VAL", 3)
-    known = []
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (90, 60)).save(tmp_path / "photos" / "one.png")
-    for command in dict.fromkeys(commands()):
-        if "/path/to/" in command:
-            (section,) = [text for text in README.split("\n## ") if command in text]
-            assert re.search(r"\*\*not run (on COCO )?here", section, re.I)
-            continue
-        program, *flags = shlex.split(command)
-        if program == "python" and flags[0] in SCRIPTS:
-            known.append(command)
-            script, flags = SCRIPTS[flags[0]], flags[1:]
-            if "DIR" in flags:
-                flags[flags.index("DIR")] = "data/shapes"
-            succeed(script, *flags, *([] if script is evaluate else TINY))
-        else:
-            assert command in (INSTALL, "python -m pytest", COMPARISON, PHOTOS), command
-    assert len(known) >= 6
+    outputs, not_run = {}, []
+    for text in DOCUMENTS.values():
+        for before, commands in blocks(text, ""):
+            for command in commands:
+                if "**not run" in before.lower():
+                    not_run.append(parse(command))
+                elif command not in TESTED_ELSEWHERE:
+                    script, _ = parse(command)
+                    flags = [flag.replace("DIR", "data/shapes") for flag in shlex.split(command)[2:]]
+                    tiny = [] if script is evaluate else [*TINY, "--iters", "5"]
+                    outputs.setdefault(command, succeed(script, *flags, *tiny))
+    assert len(outputs) >= 6 and len(not_run) >= 4
+
+    ((_, lines),) = blocks(DOCUMENTS["README.md"], "text")
+    shown = 0
+    for line in lines:
+        if line.startswith("$ "):
+            real = [pattern(other) for other in outputs[line[2:]].splitlines()]
+        elif line != "...":
+            wanted = ".*".join(map(re.escape, pattern(line).split("...")))
+            assert any(re.fullmatch(wanted, other) for other in real), line
+            shown += 1
+    assert shown >= 12
+
+
+def test_python_examples_run(tmp_path, monkeypatch, uninterrupted):
+    """Whatever is no excerpt. A checkpoint of our own stands in for the authors' file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(uninterrupted / "distilled", tmp_path / "runs" / "student")
+    shutil.copy(uninterrupted / "teacher" / "last.pt", tmp_path / "their_file.pth")
+    found = {"image": torch.rand(3, 60, 90)}
+    examples = [lines for _, lines in blocks(DOCUMENTS["README.md"], "python") if lines[0].startswith("import")]
+    for lines in examples:
+        exec("\n".join(lines), found)
+    assert len(examples) == 2 and (tmp_path / "ours.pt").exists()
+    assert [set(detections) for detections in found["detections"]] == [{"boxes", "scores", "labels"}]
 
 
 def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_path):
@@ -101,10 +185,7 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_pat
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == len(set(calls)) >= 14
     assert sum("--data photos --recipe small" in call for call in calls) >= 6
-    for call in calls:
-        name, *flags = call.split()
-        before, sys.argv = sys.argv, [name, *flags]
-        given, resumed = settings.parse(SCRIPTS[name].Settings, "")
-        sys.argv = before
-        settings.check_settings(settings.settle(SCRIPTS[name].Settings, given))
-        assert resumed and given["head"] == "fcos" and given["seed"] == 0
+    for line in calls:
+        script, (typed, resumed) = parse(line)
+        settings.settle(typed, script.OWN)
+        assert resumed and typed["head"] == "fcos" and typed["seed"] == 0
