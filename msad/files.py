@@ -81,13 +81,14 @@ def read_image(path, size=None, remarks=None):
 def decode(path):
     """A picture file -> PIL image, its pixels loaded."""
     image = Image.open(path)
+    image.filename = ""  # with a name, Pillow maps some files into memory, and mixes up TIFFs that lie on their side
     try:
         image.load()
     except OSError:
         if image.format != "JPEG":
             raise
         # It may lack nothing but the mark at its end. Then no bytes before that mark change a pixel.
-        data = Path(path).read_bytes()
+        data = Path(path).read_bytes().rstrip(b"\xff")
         image, other = (Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in (b"", b"\x5a\xa5" * 99))
         if not np.array_equal(np.array(image), np.array(other)):
             raise
