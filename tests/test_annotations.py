@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -72,6 +73,37 @@ def test_names_may_be_foreign_or_in_subfolders(tmp_path):
     assert all(read.path(i).is_file() for i in range(6))
 
 
+def test_linked_folders_and_files_are_read_from_where_their_names_lead(tmp_path):
+    content = random_content(0)
+    names = ["linked/a.png", "linked/deep/b.png", "linked.png", "c.png", "./d.png", "sub/e.png"]
+    for image, name in zip(content["images"], names):
+        image["file_name"] = name
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("pictures/a.png", "pictures/deep/b.png", "one.png"):
+        (elsewhere / name).parent.mkdir(parents=True, exist_ok=True)
+        (elsewhere / name).write_text(name)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "linked").symlink_to(elsewhere / "pictures")
+    (tmp_path / "data" / "train" / "linked.png").symlink_to(elsewhere / "one.png")
+    write(tmp_path / "data", content)
+    read = annotations.read(tmp_path / "data", "train")
+    assert [read.path(i).read_text() for i in range(6)] == ["pictures/a.png", "pictures/deep/b.png", "one.png", "", "", ""]
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_annotations_beside_the_pictures_are_read_too(tmp_path, name):
+    content = random_content(0)
+    for split, folder in (("train", "train"), ("val", name)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "_annotations.coco.json").write_text(json.dumps(content))
+        for image in content["images"]:
+            (tmp_path / folder / image["file_name"]).touch()
+        read = annotations.read(tmp_path, split)
+        assert read.folder == tmp_path / folder and packed(read) == plainly(content)
+    write(tmp_path, random_content(1))
+    assert packed(annotations.read(tmp_path, "train")) == plainly(random_content(1)), "COCO's own layout comes first"
+
+
 def test_suffix_of_the_file_names_the_folder(tmp_path):
     write(tmp_path, random_content(0), "val2017")
     assert annotations.read(tmp_path, "val").folder == tmp_path / "val2017"
@@ -80,6 +112,34 @@ def test_suffix_of_the_file_names_the_folder(tmp_path):
     assert "instances_train*.json: no such file" in error_of(tmp_path)
     (tmp_path / "annotations" / "instances_train.json").write_text("{}")
     assert f"{tmp_path / 'train'}: no such folder" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("first", [2**53 + 1, 2**63 - 3, 2**64 + 1, -(2**60) - 1])
+def test_ids_are_whole_numbers_of_any_size(tmp_path, first):
+    content = random_content(6)
+    images = {image["id"]: first + n for n, image in enumerate(content["images"])}  # neighbours, alike as floats
+    classes = {c["id"]: first + 5 * n for n, c in enumerate(content["categories"])}
+    for entry in content["images"]:
+        entry["id"] = images[entry["id"]]
+    for entry in content["categories"]:
+        entry["id"] = classes[entry["id"]]
+    for entry in content["annotations"]:
+        entry |= {"image_id": images[entry["image_id"]], "category_id": classes[entry["category_id"]]}
+    write(tmp_path, content)
+    read = annotations.read(tmp_path, "train")
+    assert packed(read) == plainly(content) and read.skipped == {}
+    assert [c["id"] for c in read.classes] == [first, first + 5, first + 10]
+
+
+def test_a_whole_number_may_be_written_with_a_point(tmp_path):
+    content = random_content(6)
+    expected = plainly(content)
+    for entry in content["images"] + content["categories"]:
+        entry["id"] = float(entry["id"])
+    for entry in content["annotations"][::2]:
+        entry["image_id"], entry["category_id"] = float(entry["image_id"]), float(entry["category_id"])
+    write(tmp_path, content)
+    assert packed(annotations.read(tmp_path, "train")) == expected
 
 
 NAN, INF = float("nan"), float("inf")
@@ -213,6 +273,146 @@ def test_a_missing_image_is_named_and_missing_ones_counted(tmp_path):
         (tmp_path / "train" / image["file_name"]).unlink()
     message = error_of(tmp_path)
     assert str(tmp_path / "train" / content["images"][2]["file_name"]) in message and "2 of 6 images" in message
+
+
+NFC, NFD = (unicodedata.normalize(form, "été Å.png") for form in ("NFC", "NFD"))
+LOOK_ALIKES = {  # the name in the file -> the file that is there
+    "sub\\deep\\a.png": "sub/deep/a.png",
+    "C:\\data\\train\\a.png": "a.png",
+    "a%20b%23.png": "a b#.png",
+    "%C3%A9t%C3%A9.png": "été.png",
+    "sub\\a%20b.png": "sub/a b.png",
+    NFC: NFD,
+    NFD: NFC,
+    "IMG_1.JPG": "IMG_1.jpg",
+    "img_1.jpg": "IMG_1.JPG",
+    "train2017/a.png": "a.png",
+    "data/images/a.png": "a.png",
+}
+
+
+@pytest.mark.parametrize("name, present", LOOK_ALIKES.items())
+def test_a_file_whose_name_differs_in_spelling_only_is_named(tmp_path, name, present):
+    content = random_content(3)
+    content["images"][2]["file_name"] = present
+    write(tmp_path, content)
+    content["images"][2]["file_name"] = name
+    annotation_path(tmp_path).write_text(json.dumps(content))
+    message = error_of(tmp_path)
+    assert f"missing (1 of 6 images of instances_train.json are); {present!r} is there" in message
+
+
+def test_a_name_like_no_other_has_no_look_alike(tmp_path):
+    content = random_content(3)
+    write(tmp_path, content)
+    content["images"][2]["file_name"] = "1" + content["images"][1]["file_name"]
+    annotation_path(tmp_path).write_text(json.dumps(content))
+    assert "is there" not in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["sub/../a.png", "sub/../../train/a.png", "..", "linked/../a.png"])
+def test_a_name_is_judged_as_it_is_written(tmp_path, inside):
+    content = random_content(3)
+    content["images"][0]["file_name"] = "sub/a.png"
+    write(tmp_path, content)
+    (tmp_path / "train" / "a.png").touch()
+    (tmp_path / "train" / "linked").symlink_to(tmp_path / "train" / "sub")
+    for name in (inside, str(tmp_path / "train" / "a.png")):
+        content["images"][0]["file_name"] = name
+        annotation_path(tmp_path).write_text(json.dumps(content))
+        assert f"file_name {name!r} points outside {tmp_path / 'train'}" in error_of(tmp_path)
+
+
+def test_entries_of_the_same_file_are_told(tmp_path):
+    content = random_content(3)
+    for image, name in zip(content["images"], ["a.png", "b.png", "./a.png", "sub/c.png", "sub//c.png", "a.png"]):
+        image["file_name"] = name
+    write(tmp_path, content)
+    assert "; 3 entries name the same file as another" in annotations.read(tmp_path, "train").summary()
+
+
+def boxes_written(convert, images=20, sides=(200, 300), largest=1.0, seed=0):
+    """Content of three boxes an image, at most `largest` times its size, anywhere in it, each written as
+    convert(x1, y1, x2, y2, width, height)."""
+    rng = np.random.default_rng(seed)
+    content = random_content(seed, images, 0, sides)
+    for number, image in enumerate(content["images"] * 3):
+        width, height = image["width"], image["height"]
+        w, h = (rng.integers(1, max(2, largest * side)) for side in (width, height))
+        x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+        box = [float(value) for value in convert(x, y, x + w, y + h, width, height)]
+        content["annotations"].append({"id": number, "image_id": image["id"], "category_id": 3, "bbox": box})
+    return content
+
+
+FRACTIONS = "60 of 60 boxes lie between 0 and 1, as fractions do"
+CORNERS, CENTRES = "as x1, y1, x2, y2 would", "as centre x, centre y, width, height would"
+WRONG_UNITS = {
+    "fractions": (lambda x, y, X, Y, w, h: (x / w, y / h, (X - x) / w, (Y - y) / h), FRACTIONS),
+    "fractions of corners": (lambda x, y, X, Y, w, h: (x / w, y / h, X / w, Y / h), FRACTIONS),
+    "fractions of centres": (lambda x, y, X, Y, w, h: ((x + X) / 2 / w, (y + Y) / 2 / h, (X - x) / w, (Y - y) / h), FRACTIONS),
+    "fractions without extent": (lambda x, y, X, Y, w, h: (x / w, y / h, 0, 0), FRACTIONS),
+    "fractions a little outside": (lambda x, y, X, Y, w, h: (x / w - 0.01, y / h, (X - x) / w, (Y - y) / h), FRACTIONS),
+    "corners": (lambda x, y, X, Y, w, h: (x, y, X, Y), CORNERS),
+    "corners counted from 1": (lambda x, y, X, Y, w, h: (x + 1, y + 1, X, Y), CORNERS),
+    "corners counted to the next pixel": (lambda x, y, X, Y, w, h: (x + 1, y + 1, X + 1, Y + 1), CORNERS),
+    "centres": (lambda x, y, X, Y, w, h: ((x + X) / 2, (y + Y) / 2, X - x, Y - y), CENTRES),
+    "whole centres": (lambda x, y, X, Y, w, h: ((x + X) // 2, (y + Y) // 2, X - x, Y - y), CENTRES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", WRONG_UNITS)
+def test_boxes_in_other_units_are_refused_with_the_likely_cause(tmp_path, case, seed):
+    convert, cause = WRONG_UNITS[case]
+    write(tmp_path, boxes_written(convert, seed=seed))
+    message = error_of(tmp_path)
+    assert f"{annotation_path(tmp_path)}: " in message and cause in message
+    assert "COCO's bbox is [x, y, width, height] in pixels" in message
+
+
+def test_a_single_box_and_most_boxes_can_be_fractions(tmp_path):
+    content = boxes_written(WRONG_UNITS["fractions"][0])
+    for number in range(25):  # the rest is right, or unusable
+        content["annotations"][number]["bbox"] = [[5, 5, 9, 9], [5, 5, 0, 9]][number % 2]
+    write(tmp_path, content)
+    assert "35 of 60 boxes lie between 0 and 1" in error_of(tmp_path)
+    content["annotations"] = content["annotations"][-1:]
+    write(tmp_path, content)
+    assert "1 of 1 boxes lie between 0 and 1" in error_of(tmp_path)
+
+
+plain = lambda x, y, X, Y, w, h: (x, y, X - x, Y - y)
+RIGHT = {
+    "anywhere": boxes_written(plain),
+    "small": boxes_written(plain, largest=0.01),
+    "small images": boxes_written(plain, sides=(1, 9)),
+    "one image": boxes_written(plain, images=1),
+    "counted from 1": boxes_written(lambda x, y, X, Y, w, h: (x + 1, y + 1, X - x, Y - y)),
+    "the whole image": boxes_written(lambda x, y, X, Y, w, h: (0, 0, w, h)),
+    "the lower right corner": boxes_written(lambda x, y, X, Y, w, h: (w - (X - x) / 5, h - (Y - y) / 5, (X - x) / 5, (Y - y) / 5)),
+    "the upper left corner, larger than its place": boxes_written(lambda x, y, X, Y, w, h: (1, 1, w / 2, h / 2)),
+    "a little outside all around": boxes_written(lambda x, y, X, Y, w, h: (x - 3, y - 3, X - x + 6, Y - y + 6)),
+    "far outside, now and then": boxes_written(lambda x, y, X, Y, w, h: (x, y, X - x + w * ((x + y) % 10 == 0), Y - y)),
+    "around the whole image": boxes_written(lambda x, y, X, Y, w, h: (-0.2 * w, -0.2 * h, 1.4 * w, 1.4 * h)),
+    "half of a pixel, some": boxes_written(lambda x, y, X, Y, w, h: (0, 0, 0.5, 0.5) if (x + y) % 3 == 0 else (x, y, X - x, Y - y)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_boxes_in_pixels_are_not_taken_for_other_units(tmp_path, case):
+    write(tmp_path, RIGHT[case])
+    read = annotations.read(tmp_path, "train")
+    assert len(read.boxes) + sum(read.skipped.values()) == len(RIGHT[case]["annotations"])
+    assert sum(read.skipped.values()) <= 2  # counted from 1, a box may lie outside
+
+
+@pytest.mark.parametrize("box", [[3, 4, 10, 12], [0, 0, 2, 2], [10, 10, 500, 500], [20, 20, 30, 31]])
+def test_a_single_box_is_taken_as_it_is(tmp_path, box):
+    content = random_content(0, 1, 0, (40, 41))
+    content["annotations"] = [{"image_id": content["images"][0]["id"], "category_id": 3, "bbox": box}]
+    write(tmp_path, content)
+    assert annotations.read(tmp_path, "train").boxes.tolist() == [[box[0], box[1], box[0] + box[2], box[1] + box[3]]]
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\nb.png", "a\0b.png", "\ud800.png", "", "."])

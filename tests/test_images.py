@@ -1,16 +1,17 @@
-"""Image files of every kind against the pixels written into them, and files that are none."""
+"""Image files of every kind against the pixels written into them, files whose metadata are damaged, and files that are
+no images."""
 
 import io
 import random
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
-from msad.files import InputError
-from msad.data import read_image
+from msad.files import InputError, read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (13, 18, 3), dtype=np.uint8)
 GREY = PIXELS[..., 0]
@@ -19,9 +20,9 @@ ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
 
 
-def read(path):
+def read(path, size=None, remarks=None):
     """(h,w,3) integers."""
-    image = read_image(path)
+    image = read_image(path, size, remarks)
     assert image.dtype == torch.uint8 and image.shape[0] == 3
     return image.permute(1, 2, 0).numpy().astype(int)
 
@@ -64,7 +65,6 @@ KINDS = {
     "palette": palette_image,
     "grey with alpha": lambda: (Image.merge("LA", [Image.fromarray(PIXELS[..., c]) for c in (0, 1)]), three(GREY)),
     "RGBA": lambda: (Image.fromarray(np.concatenate([PIXELS, PIXELS[..., :1] // 2], -1)), PIXELS),
-    "16 bit grey": lambda: (Image.fromarray(GREY.astype(np.uint16) * 256 + 200), three(GREY)),
 }
 
 
@@ -75,6 +75,67 @@ def test_png_of_any_kind_gives_the_pixels_written(tmp_path, kind):
     assert (read(tmp_path / "a.png") == expected).all()
     image.save(tmp_path / "b.png", exif=ROTATED)
     assert (read(tmp_path / "b.png") == np.rot90(expected, -1)).all()
+
+
+RAMP = np.linspace(0, 1, 13 * 18).reshape(13, 18)
+DEPTHS = {  # values of more than 8 bits
+    "16 bits": (RAMP * 65535).astype(np.uint16),
+    "12 of 16 bits": (RAMP * 4095).astype(np.uint16),
+    "10 of 16 bits, upside down": (RAMP[::-1] * 1023).astype(np.uint16),
+    "a thermal camera's": (7000 + RAMP * 1500).astype(np.uint16),
+    "two values": (RAMP > 0.3).astype(np.uint16),
+    "signed": (RAMP * 3000 - 1000).astype(np.int32),
+    "32 bits, 0 to 255": (RAMP * 255).astype(np.int32),
+    "32 bits, 0 to 65535": (RAMP * 65535).astype(np.int32),
+    "floats, 0 to 1": RAMP.astype(np.float32),
+    "floats, 0 to 255": (RAMP * 255).astype(np.float32),
+    "floats, 0 to 65535": (RAMP * 65535).astype(np.float32),
+    "floats, degrees": (RAMP * 60 - 20).astype(np.float32),
+    "floats, tiny": (RAMP * 1e-7).astype(np.float32),
+}
+
+
+def assert_stretched(path, values):
+    """The lowest value is 0, the highest 255, what lies between in proportion, in whole numbers."""
+    low, high = float(values.min()), float(values.max())
+    exact = three((values.astype(float) - low) * 255 / (high - low))
+    assert np.abs(read(path) - exact).max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("kind", DEPTHS)
+def test_more_than_8_bits_are_stretched_to_the_whole_range(tmp_path, kind):
+    values = DEPTHS[kind]
+    for ending in ("tif", "png") if values.dtype == np.uint16 else ("tif",):
+        Image.fromarray(values).save(tmp_path / f"a.{ending}")
+        assert_stretched(tmp_path / f"a.{ending}", values)
+        Image.fromarray(values).save(tmp_path / f"b.{ending}", exif=ROTATED)
+        assert_stretched(tmp_path / f"b.{ending}", np.rot90(values, -1))
+        Image.fromarray(np.full_like(values, 7)).save(tmp_path / f"c.{ending}")
+        assert (read(tmp_path / f"c.{ending}") == 0).all(), "a picture of one value"
+
+
+def test_12_bit_pnm_and_big_endian_files_are_stretched_too(tmp_path):
+    values = DEPTHS["12 of 16 bits"]
+    (tmp_path / "a.pgm").write_bytes(b"P5 18 13 4095\n" + values.astype(">u2").tobytes())
+    assert_stretched(tmp_path / "a.pgm", np.floor(values * (65535 / 4095) + 0.5))  # Pillow's scale
+    (tmp_path / "b.pfm").write_bytes(b"Pf\n18 13\n-1.0\n" + RAMP[::-1].astype("<f4").tobytes())
+    assert_stretched(tmp_path / "b.pfm", RAMP)
+    entries = [(256, 18), (257, 13), (258, 16), (259, 1), (262, 1), (273, 110), (277, 1), (279, 468)]
+    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in entries)
+    header = b"MM\0*" + struct.pack(">IH", 8, 8) + entries + bytes(4)
+    (tmp_path / "c.tif").write_bytes(header + values.astype(">u2").tobytes())
+    assert_stretched(tmp_path / "c.tif", values)
+
+
+@pytest.mark.parametrize("kind", ["L", "P", "RGB", "RGBA", "I;16", "I", "F"])
+def test_a_tiff_is_turned_upright_however_it_is_stored(tmp_path, kind):
+    """Pillow maps plain ones of one channel into memory, and would mix up the pixels of those that lie on their side."""
+    image = Image.fromarray(GREY.astype(np.uint16)) if kind == "I;16" else Image.fromarray(PIXELS).convert(kind)
+    image.save(tmp_path / "a.tif")
+    upright = read(tmp_path / "a.tif")
+    for orientation, turn in UPRIGHT.items():
+        image.save(tmp_path / "b.tif", tiffinfo={0x0112: orientation})
+        assert (read(tmp_path / "b.tif") == turn(upright)).all(), orientation
 
 
 def test_cmyk_and_grey_jpeg(tmp_path):
@@ -110,6 +171,9 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path, monkeypatch):
     path.write_bytes(whole)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert_refused(path, "decompression bomb")
+    for value in (np.nan, np.inf):
+        Image.fromarray(np.array([[0, 1, value]], np.float32)).save(tmp_path / "a.tif")
+        assert_refused(tmp_path / "a.tif", "not finite")
 
 
 def test_a_size_other_than_the_annotations_is_refused_with_both(tmp_path):
@@ -118,21 +182,185 @@ def test_a_size_other_than_the_annotations_is_refused_with_both(tmp_path):
     for size in ((18, 13), (13, 17)):
         with pytest.raises(InputError, match=f"a.png: is 18x13, but its annotations say {size[1]}x{size[0]}"):
             read_image(tmp_path / "a.png", size)
-    Image.fromarray(PIXELS).save(tmp_path / "b.png", exif=ROTATED)
-    assert read_image(tmp_path / "b.png", (18, 13)).shape == (3, 18, 13), "the annotations speak of the upright picture"
 
 
-@pytest.mark.parametrize("tag, kind", [(0x0100, 1), (0x0128, 7), (0x011A, 2), (0x010F, 11)])
-def test_a_rotated_photo_with_a_malformed_exif_entry_is_read_or_refused(tmp_path, tag, kind):
-    entries = struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0") + struct.pack("<HHI4s", tag, kind, 1, b"a\0\0\0")
-    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
-    Image.fromarray(BLOCKS).save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
-    try:
-        pixels = read(tmp_path / "a.jpg")
-    except InputError as error:
-        assert "a.jpg" in str(error)
-    else:
-        assert np.abs(pixels - np.rot90(BLOCKS, -1).astype(int)).max() <= 3
+def entry(tag, kind, count, value):
+    """An entry of EXIF: kind 1 bytes, 2 text, 3 16 bits, 4 32 bits, 5 fraction, 7 anything, 11 float."""
+    return struct.pack("<HHI4s", tag, kind, count, value)
+
+
+def exif(*entries, tail=b""):
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4) + tail
+
+
+def after(entries):
+    """Where what follows so many entries begins."""
+    return struct.pack("<I", 8 + 2 + 12 * entries + 4)
+
+
+TURNED = entry(0x0112, 3, 1, b"\6\0\0\0")
+DAMAGED_EXIF = {  # -> whether the orientation, 6 in all of them, is still to be had
+    "header twice": (b"Exif\0\0" + exif(TURNED), True),
+    "header alone": (b"Exif\0\0", False),
+    "no TIFF": (b"Exif\0\0hello world, no TIFF at all", False),
+    "cut off": (exif(TURNED, entry(0x010F, 2, 40, after(2)))[:-3], True),
+    "cut off within an entry": (exif(TURNED, TURNED)[:-14], True),
+    "more entries than there are": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 500) + TURNED, True),
+    "an IFD that follows itself": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + TURNED + struct.pack("<I", 8), True),
+    "resolution n/0": (exif(TURNED, entry(0x011A, 5, 1, after(2)), tail=struct.pack("<II", 72, 0)), True),
+    "resolution as text": (exif(TURNED, entry(0x011A, 2, 4, b"72.\0")), True),
+    "resolution as text, first": (exif(entry(0x011A, 2, 4, b"72.\0"), TURNED), True),
+    "width as text": (exif(TURNED, entry(0x0100, 2, 4, b"abc\0")), True),
+    "unit as text": (exif(TURNED, entry(0x0128, 2, 4, b"two\0")), True),
+    "an IFD outside": (exif(TURNED, entry(0x8769, 4, 1, struct.pack("<I", 99_999))), True),
+    "GPS as text": (exif(TURNED, entry(0x8825, 2, 4, b"abc\0")), True),
+    "longer than the file": (exif(TURNED, entry(0x927C, 7, 70_000, struct.pack("<I", 500))), True),
+    "an unknown kind": (exif(TURNED, entry(0x9999, 200, 1, b"abcd")), True),
+    "a pair of orientations": (exif(entry(0x0112, 3, 2, b"\6\0\6\0")), True),
+    "orientation of 32 bits": (exif(entry(0x0112, 4, 1, b"\6\0\0\0")), True),
+    "orientation as float": (exif(entry(0x0112, 11, 1, struct.pack("<f", 6))), True),
+    "orientation as text": (exif(entry(0x0112, 2, 2, b"6\0\0\0")), False),
+    "orientation as anything": (exif(entry(0x0112, 7, 1, b"\6\0\0\0")), False),
+    "orientation n/0": (exif(entry(0x0112, 5, 1, after(1)), tail=struct.pack("<II", 6, 0)), False),
+    "no orientation in the entry": (exif(entry(0x0112, 3, 0, b"\6\0\0\0")), False),
+    "no such orientation": (exif(entry(0x0112, 3, 1, b"\x42\0\0\0")), False),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+@pytest.mark.parametrize("case", DAMAGED_EXIF)
+def test_pixels_are_read_under_damaged_exif_and_turned_where_it_tells(tmp_path, case, kind):
+    block, turned = DAMAGED_EXIF[case]
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
+    Image.fromarray(BLOCKS).save(tmp_path / "a", kind, exif=block, **options)
+    pixels = np.rot90(BLOCKS, -1) if turned else BLOCKS
+    assert np.abs(read(tmp_path / "a") - pixels.astype(int)).max() <= (3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG"])
+def test_damaged_exif_is_remarked_upon(tmp_path, kind):
+    Image.fromarray(BLOCKS).save(tmp_path / "a", kind, exif=DAMAGED_EXIF["no TIFF"][0])
+    remarks = []
+    read_image(tmp_path / "a", (32, 48), remarks)
+    assert len(remarks) == 1 and remarks[0].startswith("with damaged EXIF, so not turned (")
+
+
+def test_xmp_tells_the_orientation_where_exif_does_not(tmp_path):
+    packet = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(PIXELS).save(tmp_path / "a.webp", xmp=packet, lossless=True)
+    assert (read(tmp_path / "a.webp") == np.rot90(PIXELS, -1)).all()
+
+
+def segments(jpeg):
+    """[(first byte, end)] of the bodies of a JPEG file's segments of metadata."""
+    found, at = [], 2
+    while jpeg[at + 1] != 0xDA:
+        length = int.from_bytes(jpeg[at + 2 : at + 4])
+        if jpeg[at + 1] >= 0xE0:
+            found.append((at + 4, at + 2 + length))
+        at += 2 + length
+    return found
+
+
+def test_random_damage_to_the_metadata_of_a_jpeg_never_costs_its_pixels(tmp_path):
+    rng, path = random.Random(0), tmp_path / "a.jpg"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    options = {"icc_profile": profile, "dpi": (72, 72), "comment": b"hello", "quality": 95, "subsampling": 0}
+    options["xmp"] = b'<x:xmpmeta><rdf:Description tiff:Orientation="1"/></x:xmpmeta>'
+    whole = encoded(Image.fromarray(BLOCKS), "JPEG", exif=exif(TURNED, entry(0x010F, 2, 40, after(2))), **options)
+    several = encoded(Image.fromarray(BLOCKS), "MPO", save_all=True, append_images=[Image.fromarray(BLOCKS)], quality=95)
+    for _ in range(300):
+        content = bytearray(rng.choice((whole, several)))
+        first, end = rng.choice(segments(content))
+        for _ in range(rng.choice((1, 2, 8))):
+            content[rng.randrange(first, end)] = rng.randrange(256)
+        path.write_bytes(content)
+        image = read(path)  # an orientation that was spoilt may be any other; colours may be stored in another way
+        assert image.shape in ((32, 48, 3), (48, 32, 3))
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_png_with_large_texts_and_a_large_profile_is_read(tmp_path, zipped):
+    noise = np.random.default_rng(0).integers(32, 127, 3_000_000, dtype=np.uint8).tobytes()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("one", noise.decode(), zip=zipped)
+    info.add_itxt("two", "é" * 2_000_000, zip=zipped)
+    profile = bytes(1_500_000) + noise[:1_500_000]
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=info, icc_profile=profile)
+    assert (read(tmp_path / "a.png") == PIXELS).all()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_nothing_but_the_mark_at_its_end_is_whole(tmp_path, progressive):
+    path = tmp_path / "a.jpg"
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 56, 3), np.uint8))
+    for options in ({}, {"exif": ROTATED}, {"quality": 20}, {"subsampling": 0, "quality": 98}):
+        content = encoded(picture, "JPEG", progressive=progressive, **options)
+        path.write_bytes(content)
+        whole = read(path)
+        assert whole.shape == ((56, 40, 3) if "exif" in options else (40, 56, 3))
+        for ending in (b"", b"\xff", b"\xff\xff\xff", bytes(9), b"\xff\xd9", b"\xff\xd9 and more"):
+            path.write_bytes(content[:-2] + ending)
+            assert (read(path) == whole).all(), ending
+        for missing in (20, len(content) // 3, len(content) - 600):
+            path.write_bytes(content[:-missing])
+            assert_refused(path)
+
+
+def test_a_jpeg_that_lacks_more_is_refused_or_its_pixels_are_as_they_were(tmp_path):
+    path, refused = tmp_path / "a.jpg", 0
+    content = encoded(Image.fromarray(PIXELS), "JPEG", quality=95)
+    path.write_bytes(content)
+    whole = read(path)
+    for missing in range(1, 200):
+        path.write_bytes(content[:-missing])
+        try:
+            assert (read(path) == whole).all(), missing
+        except InputError:
+            refused += 1
+    assert refused > 190
+
+
+def test_a_png_that_lacks_nothing_but_its_end_is_read(tmp_path):
+    content = encoded(Image.fromarray(PIXELS), "PNG")
+    for missing in (1, 4, 12):
+        (tmp_path / "a.png").write_bytes(content[:-missing])
+        assert (read(tmp_path / "a.png") == PIXELS).all()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    assert_refused(tmp_path / "a.png")
+
+
+SQUARE = PIXELS[:, :13]
+BOTH = "turned as their EXIF says; their boxes would fit the picture as it is stored, too"
+STORED = "left as they are stored: their annotations have that size, and not the one EXIF says"
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_where_two_readings_fit_the_annotations_the_one_that_was_taken_is_remarked(tmp_path, orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    across = orientation > 4
+    for name, pixels in {"oblong": PIXELS, "square": SQUARE}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png", exif=block)
+    turn = UPRIGHT[orientation]
+    cases = [  # the file, the annotated size, what is read, what is remarked
+        ("oblong", (18, 13) if across else (13, 18), turn(PIXELS), [] if across or orientation == 1 else [BOTH]),
+        ("square", (13, 13), turn(SQUARE), [BOTH] if orientation > 1 else []),
+        ("oblong", None, turn(PIXELS), []),
+    ]
+    if across:
+        cases.append(("oblong", (13, 18), PIXELS, [STORED]))
+    for name, size, expected, remark in cases:
+        remarks = []
+        image = read_image(tmp_path / f"{name}.png", size, remarks)
+        assert (image.permute(1, 2, 0).numpy() == expected).all() and remarks == remark, (name, size)
+    if not across:
+        with pytest.raises(InputError, match="is 18x13, but its annotations say 13x18"):
+            read_image(tmp_path / "oblong.png", (18, 13))
 
 
 def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error(tmp_path):
