@@ -98,7 +98,7 @@ class RetinaNetHead(nn.Module):
     def anchor_boxes(self, sizes):
         """All anchors (R,4) in H's pixels, around the upper left corners of the cells."""
         corners, strides = align.cells(sizes, self.sides.device)
-        half = self.sides * strides[:, None, None] / 2
+        half = self.sides.float() * strides[:, None, None] / 2  # of a model of any precision
         return torch.cat([corners[:, None] - half, corners[:, None] + half], dim=-1).flatten(0, 1)
 
 

@@ -228,14 +228,13 @@ class Run:
         if iteration % settings.log_every == 0:
             self.write(iteration=iteration, lr=self.optimizer.param_groups[0]["lr"], **shown)
         last, stop = done == settings.iters, self.stop_agreed and done < settings.iters
-        # Saved first: an evaluation may fail. And once more after it, or a resumed run would evaluate again.
-        save = stop or last or self.is_due(done, settings.save_every)
-        if save:
+        evaluate = not stop and self.is_due(done, settings.eval_every)
+        # Saved before an evaluation, which may fail. And once more after it, or a resumed run would evaluate again.
+        if stop or last or evaluate or self.is_due(done, settings.save_every):
             self.save(done)
-        if not stop and self.is_due(done, settings.eval_every):
+        if evaluate:
             self.evaluate(done)
-            if save:
-                self.save(done)
+            self.save(done)
         if stop and processes.is_main():
             print(f"\nstopped after {done} iterations; {self.go_on()}")
         return stop
