@@ -139,6 +139,14 @@ def test_nms_equals_a_loop_over_pairs_of_one_class():
     assert removed > 100
 
 
+@pytest.mark.parametrize("head, threshold", [("fcos", 0.6), ("retinanet", 0.5)])
+def test_each_head_has_the_threshold_of_its_paper(head, threshold):
+    for overlap, count in ((threshold + 0.02, 1), (threshold - 0.02, 2)):  # of two boxes, one within the other
+        model = plant(tiny_model("high"), [[0, 0, 100, 100], [0, 0, 100, 100 * overlap]], [1, 1], [0.9, 0.8])
+        model.head.nms_threshold = models.HEADS[head].nms_threshold
+        assert len(model.detect(torch.rand(3, 128, 192), resize=False)[0]["scores"]) == count
+
+
 def test_nms_keeps_classes_apart_for_boxes_that_reach_out_of_the_image():
     boxes, labels, scores = [[-90, -90, 10, 10], [39, 39, 128, 128]], [1, 0], [0.9, 0.8]
     (found,) = plant(tiny_model("high"), boxes, labels, scores).detect([torch.rand(3, 128, 192)], resize=False)

@@ -105,6 +105,17 @@ def test_metrics_equal_pycocotools_from_files(tmp_path, seed):
     assert all(0 < metrics[name] < 1 for name in ("APs", "APm", "APl")), "the case should be a rich one"
 
 
+def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
+    truth = random_set(tmp_path, 0)
+    detections = random_detections(truth, np.random.default_rng(0))
+    expected = list(evaluation.coco_metrics(truth, detections)["classes"].values())
+    assert [c["id"] for c in truth.classes] == [3, 17, 50, 90] and len(set(expected)) == 4
+    names = ("disk", "star", "frame", "disk")
+    truth.classes = tuple(c | {"name": name} for c, name in zip(truth.classes, names))
+    found = evaluation.coco_metrics(truth, detections)["classes"]
+    assert found == dict(zip(("disk (id 3)", "star", "frame", "disk (id 90)"), expected))
+
+
 def test_perfect_detections_give_ap_1(tmp_path):
     truth = random_set(tmp_path, 7)
     metrics = evaluation.coco_metrics(truth, perfect(truth))
