@@ -62,9 +62,9 @@ def explain(error):
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "out of memory: try a smaller --batch, smaller --short-sides and --long-side, or --precision bf16"
-    if "DataLoader worker" in text and "shared memory" in text:
+    if "DataLoader worker (pid" in text and "shared memory" in text:
         return "no room in /dev/shm for the processes that read pictures: fewer --workers, or docker run --ipc=host"
-    if "DataLoader worker" in text or "DataLoader timed out" in text:
+    if "DataLoader worker (pid" in text or "DataLoader timed out" in text:  # an error within one names no pid
         return "a process that reads pictures died: try fewer --workers"
     return None
 
