@@ -20,12 +20,12 @@ from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, evaluate_a
 from msad.run import print_header, print_table, set_learning_rate, start
 from msad.settings import inherit, model_config, parse_flags, resume_settings, settle
 
-OWN = {  # settings of this script alone, as rows of settings.TABLE
+OWN = {  # settings of this script alone: their values in the small recipe and in COCO's, and a line of help
     "teacher": ("", "", "the teacher's checkpoint (needed)"),
     "kd_loss": ("l1", "l1", "distance of the pyramids: the paper's, or PKD's correlation"),
     "kd": (distillation.WEIGHT, distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off"),
     "kd_ramp": (distillation.RAMP, distillation.RAMP, "iterations until the distance has its full weight"),
-    "weights": ("teacher", "teacher", "start: teacher, none, or with a backbone from imagenet or a FILE"),
+    "weights": ("teacher", "teacher", "start: teacher, none, or the teacher with a backbone of imagenet or a FILE"),
 }
 
 
@@ -38,15 +38,15 @@ def main():
         settings = resume_settings(typed, OWN, saved, out / "last.pt")
         if not Path(settings.teacher).exists():
             raise InputError(f"{settings.teacher}: no such file; say with --teacher where the teacher is now")
-        read = checkpoint.read(settings.teacher, want="teacher")
+        stored = checkpoint.read(settings.teacher, want="teacher")
     elif "teacher" in typed:
-        read = checkpoint.read(typed["teacher"], want="teacher")
-        settings = settle(typed, OWN, inherit(read, typed["teacher"]))
+        stored = checkpoint.read(typed["teacher"], want="teacher")
+        settings = settle(typed, OWN, inherit(stored, typed["teacher"]))
     else:
         raise InputError("--teacher CKPT is needed: train one with train.py")
-    teacher = checkpoint.restore(read, settings.teacher)
+    teacher = checkpoint.restore(stored, settings.teacher)
     checksum = distillation.checksum(teacher)
-    check(settings, out, teacher, checksum, saved)
+    check_teacher(settings, out, teacher, checksum, saved)
     device = start(settings)
     autocast = processes.autocast(device, settings.precision)
 
@@ -70,15 +70,15 @@ def main():
     print_table(rows)
     kept = {"teacher": results, "teacher_checksum": checksum}
     run = Run("distill.py", out, log, settings, student, optimizer, low_set, autocast, saved, **kept)
-    batches = run.timed(train_loader(training_set, settings.pad, settings, run.start, device))
+    batches = run.timed(train_loader(training_set, settings.pad, settings, run.start, device))  # padded as H: L is made of it
     processes.set_training(student, settings.norm)
 
     with run:
         for iteration in range(run.start, settings.iters):
             optimizer.zero_grad()
-            parts = next(batches).to(device).split(settings.accumulate)
-            for batch in parts:
-                network.require_backward_grad_sync = batch is parts[-1]  # several processes average gradients once
+            chunks = next(batches).to(device).chunk(settings.accumulate)
+            for batch in chunks:
+                network.require_backward_grad_sync = batch is chunks[-1]  # several processes average gradients once
                 high = student.normalize(batch.images, batch.sizes)
                 with autocast:
                     pyramids, outputs = network(align.downsample(high, settings.downsample))
@@ -91,7 +91,7 @@ def main():
                     distance = distillation.DISTANCES[settings.kd_loss](pyramids["low"], fused)
                     distances["kd"] = settings.kd * distillation.ramp(iteration, settings.kd_ramp) * distance
                     loss = loss + distances["kd"]
-                (loss / len(parts)).backward()
+                (loss / len(chunks)).backward()
                 run.note(loss, losses, **distances)
 
             gradient = clip_grad_norm_(student.parameters(), settings.clip or math.inf)
@@ -108,7 +108,7 @@ def main():
     run.report(rows, pictures.beside(teacher, student, ["low"]), ["evaluate.py", "--ckpt"])
 
 
-def check(settings, out, teacher, checksum, saved):
+def check_teacher(settings, out, teacher, checksum, saved):
     """Raise InputError for a teacher that this run cannot have."""
     if settings.kd and settings.fpn_channels != teacher.config.fpn_channels:
         raise InputError(

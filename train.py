@@ -19,7 +19,7 @@ from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, find_check
 from msad.run import set_learning_rate, start
 from msad.settings import model_config, parse_flags, resume_settings, settle
 
-OWN = {  # settings of this script alone, as rows of settings.TABLE
+OWN = {  # settings of this script alone: their values in the small recipe and in COCO's, and a line of help
     "res": ("multi", "multi", "resolutions to train on"),
     "no_align": (False, False, "with --res multi: no shift and no fusion, the conventional baseline"),
 }
@@ -46,13 +46,8 @@ def main():
     device = start(settings)
     autocast = processes.autocast(device, settings.precision)
 
-    # Data: a low-resolution model reads its images at low resolution.
-    train, val = open_data(settings.data)
-    low = settings.downsample if kind == "low" else ""
-    training_set = CocoDataset(train, settings.short_sides, settings.long_side, low, flip=True)
-    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, low)
-
     # Model and optimizer.
+    train, val = open_data(settings.data)
     if saved:
         model = checkpoint.restore(saved, out / "last.pt")
         check_classes("the data", train.classes, "the checkpoint", model.config.classes)
@@ -63,6 +58,10 @@ def main():
     network = processes.parallel(model.to(device), settings.norm)
     optimizer = build_optimizer(model, settings)
 
+    # Data: a low-resolution model reads its images at low resolution.
+    training_set = CocoDataset(train, settings.short_sides, settings.long_side, model.low_input, flip=True)
+    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, model.low_input)
+
     log = open_folder(out, resume)
     print_header(settings, model, train, val, device, out)
     run = Run("train.py", out, log, settings, model, optimizer, validation_set, autocast, saved)
@@ -72,14 +71,14 @@ def main():
     with run:
         for iteration in range(run.start, settings.iters):
             optimizer.zero_grad()
-            parts = next(batches).to(device).split(settings.accumulate)
-            for batch in parts:
-                network.require_backward_grad_sync = batch is parts[-1]  # several processes average gradients once
+            chunks = next(batches).to(device).chunk(settings.accumulate)
+            for batch in chunks:
+                network.require_backward_grad_sync = batch is chunks[-1]  # several processes average gradients once
                 with autocast:
                     _, outputs = network(model.normalize(batch.images, batch.sizes))
                 losses = model.losses(outputs, batch.boxes, batch.labels)
-                loss = sum(LOSS_WEIGHTS[branch] * value for branch, part in losses.items() for value in part.values())
-                (loss / len(parts)).backward()
+                loss = sum(LOSS_WEIGHTS[branch] * value for branch, terms in losses.items() for value in terms.values())
+                (loss / len(chunks)).backward()
                 run.note(loss, losses)
 
             gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
@@ -93,7 +92,7 @@ def main():
 
     results = run.evaluate(settings.iters)
     rows = {f"{kind} @ {branch}": metrics for branch, metrics in results.items()}
-    columns = pictures.readings(kind, model, sorted(model.branches))
+    columns = pictures.readings(kind, model, model.branches)
     run.report(rows, columns, ["distill.py", "--teacher"] if kind == "teacher" else ["evaluate.py", "--ckpt"])
 
 

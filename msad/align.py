@@ -19,13 +19,8 @@ import torch
 import torch.nn.functional as F
 
 MULTIPLE = 64
-STRIDES = (8, 16, 32, 64, 128)
-SHIFTS = {"high": 0, "low": 1}
-
-
-def levels(shift):
-    """The five pyramid levels read at a shift: 0 -> P3..P7 (for H), 1 -> P2..P6 (for L)."""
-    return tuple(range(3 - shift, 8 - shift))
+STRIDES = (8, 16, 32, 64, 128)  # of the aligned levels, in H's pixels
+LEVELS = {"high": (3, 4, 5, 6, 7), "low": (2, 3, 4, 5, 6)}  # that are read of the pyramid of each input
 
 
 def downsample(high, mode="area"):
@@ -40,11 +35,11 @@ def check_sides(height, width):
         raise ValueError(f"the high-resolution input is {height}x{width}: its sides must be multiples of {MULTIPLE}")
 
 
-def check_pyramids(high, low):
+def check_pyramids(one, other):
     """Raise ValueError unless two pyramids have the same shapes, level by level."""
-    shapes = [[tuple(level.shape) for level in pyramid] for pyramid in (high, low)]
+    shapes = [[tuple(level.shape) for level in pyramid] for pyramid in (one, other)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"the pyramids do not align: {shapes[0]} from H or fused, {shapes[1]} from L")
+        raise ValueError(f"the pyramids do not align: {shapes[0]} and {shapes[1]}")
 
 
 def cells(sizes, device=None):

@@ -44,10 +44,10 @@ class Batch(NamedTuple):
         images, boxes, labels = (x.to(device, non_blocking=True) for x in (self.images, self.boxes, self.labels))
         return self._replace(images=images, boxes=boxes.split(self.counts), labels=labels.split(self.counts))
 
-    def split(self, parts):
-        """A batch on a device -> a list of batches with as many images each."""
-        size = len(self.images) // parts
-        return [Batch(*(field[first : first + size] for field in self)) for first in range(0, size * parts, size)]
+    def chunk(self, count):
+        """A batch on a device -> `count` batches with as many images each."""
+        size = len(self.images) // count
+        return [Batch(*(field[first : first + size] for field in self)) for first in range(0, size * count, size)]
 
 
 def fitted_size(height, width, short_side, long_side):

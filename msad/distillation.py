@@ -28,8 +28,8 @@ def pyramid_l1(student, fused):
 
 
 def pyramid_pkd(student, fused):
-    """Two lists of five maps (N,C,h,w) -> the sum over levels of the mean squared difference once every channel is
-    standardised over the batch and all places: 2 (1 - its Pearson correlation), whatever the scale of the features.
+    """Two lists of five maps (N,C,h,w) -> the sum over levels of the mean squared difference of standardised channels,
+    a scalar. For one channel that is 2 (1 - Pearson's correlation): the scale of the features does not count.
 
     Not the paper's: after PKD (Cao et al., NeurIPS 2022), offered beside it.
     """
@@ -57,7 +57,7 @@ def freeze(teacher):
 
 
 def checksum(teacher):
-    """A number that tells a teacher from every other, so that a run which goes on can see that it has its own."""
+    """A teacher's fingerprint, so that a run which goes on notices another teacher."""
     return zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in teacher.state_dict().values()))
 
 

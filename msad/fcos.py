@@ -1,4 +1,4 @@
-"""The FCOS head: four methods on plain tensors, shared by every branch (FCOS, ICCV 2019, with its later improvements).
+"""The FCOS head. The detector calls four methods on plain tensors, the same for every branch (FCOS, ICCV 2019, with its later improvements).
 
 forward   five maps -> logits, distances, centerness, levels concatenated here and nowhere else
 assign    boxes -> one target per location, once per batch, whichever branch is trained
@@ -19,7 +19,7 @@ from torchvision.ops import box_area
 from . import align, heads
 from .processes import mean_over_processes
 
-RANGES = (-1, 64, 128, 256, 512, math.inf)  # between which a box's farthest side from the location lies, level by level
+RANGES = (-1, 64, 128, 256, 512, math.inf)  # level i learns boxes whose farthest side is RANGES[i] to [i + 1] away
 CENTER_RADIUS = 1.5  # strides around a box's centre in which locations are trained to find it
 BOXES_AT_ONCE = 256  # in one step of the assignment, to bound its memory
 
@@ -29,7 +29,7 @@ class FCOSHead(nn.Module):
 
     anchors = 1
     nms_threshold = 0.6
-    channel_multiple = 16  # of which GroupNorm makes 8 groups at least
+    channel_multiple = 16  # of head_channels, of which GroupNorm makes 8 groups at least
 
     def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
         super().__init__()
@@ -68,9 +68,9 @@ class FCOSHead(nn.Module):
         return self.complete(*(torch.stack(column) for column in zip(*pairs)))
 
     def complete(self, labels, distances):
-        """Targets of a batch: `labels` (N,R), K for background, and `distances` (N,R,4) in strides (1 at background, so
-        that every loss there stays finite before it is masked out) -> these, with `centerness` and `objects` (N,R), 0 at
-        background, and the sums of both that losses are divided by, means over processes."""
+        """`labels` (N,R), K for background, and `distances` (N,R,4) in strides, 1 at background so that losses there are
+        finite before they are masked out -> targets: these, `objects` and `centerness` (N,R), 0 at background, and the
+        sums of the two, means over processes, by which losses are divided."""
         objects = heads.find_objects(labels, self.classes)
         centerness = centerness_target(distances) * objects
         count, total = mean_over_processes(torch.stack([objects.sum(), centerness.sum()]))
@@ -102,7 +102,7 @@ class FCOSHead(nn.Module):
         offset = (points[:, None] - centers).abs().amax(-1)
         candidate = (distances.amin(-1) > 0) & (offset < CENTER_RADIUS * strides[:, None])
         # The level is responsible for this size, both ends included.
-        level = (strides / align.STRIDES[0]).log2().long()[:, None]
+        level = (strides / align.STRIDES[0]).log2().round().long()[:, None]
         farthest = distances.amax(-1)
         candidate &= (farthest >= self.ranges[level]) & (farthest <= self.ranges[level + 1])
         return torch.where(candidate, box_area(boxes), math.inf)

@@ -40,6 +40,7 @@ class CrossingFusion(nn.Module):
         align.check_pyramids(high, low)
         fused = []
         for high_map, low_map in zip(high, low):
-            high_share, low_share = self.weights(high_map, low_map).to(high_map.dtype)[..., None, None, None].unbind(1)
+            shares = self.weights(high_map, low_map).to(high_map.dtype)
+            high_share, low_share = shares.view(-1, 2, 1, 1, 1).unbind(1)
             fused.append(high_share * high_map + low_share * low_map)
         return fused

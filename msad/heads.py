@@ -77,10 +77,10 @@ def focal_loss(logits, labels):
         absent = checkpoint(loss_of_absent, logits, use_reentrant=False, preserve_rng_state=False)
     else:
         absent = loss_of_absent(logits)
-    background = (absent.sum(-1) * (labels >= 0)).sum()
+    everywhere = (absent.sum(-1) * (labels >= 0)).sum()
     own = logits.gather(-1, labels.clamp(0, classes - 1)[..., None]).squeeze(-1)
     present = ALPHA * (1 - own.sigmoid()) ** 2 * F.softplus(-own)
-    return background + ((present - loss_of_absent(own)) * ((labels >= 0) & (labels < classes))).sum()
+    return everywhere + ((present - loss_of_absent(own)) * find_objects(labels, classes)).sum()
 
 
 def loss_of_absent(logits):

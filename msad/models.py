@@ -4,9 +4,9 @@
     Teacher        both, aligned, and the fused pyramid
     Conventional   both, without the shift and without fusion: what the paper compares with
 
-`branches` are the inputs a model can be read from: "high", "low" or "fused". On the way of a batch to its losses,
-`normalize` makes network input of pictures, `pyramids` makes five maps a branch of it, `predict` runs the head on all
-of them at once, and `losses` compares its outputs with targets that are made once. `detect` is what a user needs.
+`branches` are the pyramids that a model can predict from: "high", "low" or "fused". A batch passes `normalize` (pixels
+-> network input), `pyramids` (-> five maps a branch), `predict` (the head -> outputs a branch) and `losses` (outputs and
+targets -> scalars). A user calls `detect`.
 """
 
 import copy
@@ -27,7 +27,7 @@ from .retinanet import RetinaNetHead
 
 HEADS = {"fcos": FCOSHead, "retinanet": RetinaNetHead}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB from 0 to 1
-SMALLEST = 32 * 32  # pixels of a batch in training: one of C5, which has no variance
+SMALLEST = 32 * 32  # with no more pixels than this in a batch, C5 is one cell, which BatchNorm cannot train on
 CANDIDATES_PER_LEVEL = 1000
 DETECTIONS_PER_IMAGE = 100
 
@@ -44,7 +44,7 @@ class ModelConfig:
     fpn_channels: int = 256
     head_channels: int = 256
     head_convs: int = 4
-    object_scale: float = 1.0  # sizes of objects, as a multiple of COCO's, that the levels are responsible for
+    object_scale: float = 1.0  # factor on the sizes of objects that each level is responsible for; 1 is COCO's
     short_side: int = 800
     long_side: int = 1333
     pad: int = 64
@@ -55,15 +55,15 @@ class Detector(nn.Module):
     """The detector of one resolution, and the base of the two that read both."""
 
     def __init__(self, config, branches=None, levels=None):
-        """`branches`, and `levels`, all levels of the pyramid that are ever read, are for models of several branches."""
+        """A model of several branches passes them, and all levels of the pyramid that any of them reads."""
         super().__init__()
         self.config = config
         self.branches = branches or (config.kind,)
         self.is_folded = False
-        self.scale = 2 if self.branches == ("low",) else 1  # H's pixels per pixel of this model's input
+        self.scale = 2 if config.kind == "low" else 1  # H's pixels per pixel of this model's input
+        self.frame_scales = dict.fromkeys(self.branches, self.scale)  # of the frame that a branch's boxes are in
         self.backbone = ResNet(config.backbone, config.width)
-        levels = levels or align.levels(align.SHIFTS[config.kind])
-        self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels)
+        self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels or align.LEVELS[config.kind])
         self.head = HEADS[config.head](
             config.fpn_channels, len(config.classes), config.head_channels, config.head_convs, config.object_scale
         )
@@ -90,14 +90,14 @@ class Detector(nn.Module):
     def pyramids(self, images, branches=None):
         """Normalised images, at the only resolution this model sees -> {branch: five maps}."""
         (branch,) = self.branches
-        return {branch: self.pyramid(images, align.SHIFTS[branch])}
+        return {branch: self.pyramid(images, align.LEVELS[branch])}
 
-    def pyramid(self, images, shift):
-        """Normalised images (N,3,h,w) -> five maps, at P3..P7 (shift 0) or P2..P6 (shift 1)."""
+    def pyramid(self, images, levels):
+        """Normalised images (N,3,h,w) -> the maps of five levels."""
         if self.training and images[:, 0].numel() <= SMALLEST:
             size = "x".join(map(str, images.shape[2:]))
             raise InputError(f"one image of {size} is too little for BatchNorm; raise --batch or --short-sides")
-        return self.fpn(self.backbone(images), align.levels(shift))
+        return self.fpn(self.backbone(images), levels)
 
     def predict(self, pyramids):
         """{branch: five maps} -> {branch: outputs}, by one head call over all branches joined along the batch."""
@@ -123,7 +123,7 @@ class Detector(nn.Module):
         was made for; without, they are the network's input, for a low-resolution model already at low resolution.
         Returns a list of one dict per picture: `boxes` (D,4) in that picture's own pixels, `scores` (D,), best first
         and at least `threshold`, `labels` (D,). Pictures are batched by their padded size, so the company a picture is
-        in never changes its result. Raises ValueError for what is no picture.
+        in changes its result by rounding at most. Raises ValueError for what is no picture.
         """
         branch = branch or self.branches[0]
         if branch not in self.branches:
@@ -181,7 +181,7 @@ class Detector(nn.Module):
             keep = batched_nms(boxes - lowest, scores, labels, self.head.nms_threshold)
             keep = keep[:max_detections]
             # From the branch's frame to the original image's.
-            height, width = (side * self.frame_scale(branch) for side in size)
+            height, width = (side * self.frame_scales[branch] for side in size)
             boxes = clip_boxes_to_image(boxes[keep], (height, width))
             boxes[:, 0::2] *= original[1] / width
             boxes[:, 1::2] *= original[0] / height
@@ -191,16 +191,12 @@ class Detector(nn.Module):
             results.append({"boxes": boxes[wanted], "scores": scores[keep], "labels": labels[keep]})
         return results
 
-    def frame_scale(self, branch):
-        """Pixels of the frame that a branch's boxes are in (H's) per pixel of the network's input."""
-        return self.scale
-
     def folded(self):
         """A copy for inference, in eval mode, with BatchNorm folded into the convolutions: equal numbers, less work."""
         model = copy.deepcopy(self).eval()
         fold_batchnorm(model.backbone)
         model.is_folded = True
-        return model.eval().to(memory_format=torch.channels_last)
+        return model.eval().to(memory_format=torch.channels_last)  # eval: for the modules that are new
 
     @property
     def low_input(self):
@@ -226,17 +222,17 @@ class Teacher(Detector):
     parameter knows the resolution. It predicts from the fused pyramid, its first branch."""
 
     def __init__(self, config):
-        super().__init__(config, branches=("fused", "high", "low"), levels=range(2, 8))
+        super().__init__(config, branches=("fused", "high", "low"), levels=range(2, 8))  # P2..P7
         self.fusion = CrossingFusion(config.fpn_channels)
 
     def pyramids(self, images, branches=("fused", "high", "low")):
         """Normalised high-resolution images -> {branch: five maps}; only what the wanted branches need is computed."""
         pyramids = {}
         if set(branches) & {"high", "fused"}:
-            pyramids["high"] = self.pyramid(images, align.SHIFTS["high"])
+            pyramids["high"] = self.pyramid(images, align.LEVELS["high"])
         if set(branches) & {"low", "fused"}:
             low = align.downsample(images, self.config.downsample)
-            pyramids["low"] = self.pyramid(low, align.SHIFTS["low"])
+            pyramids["low"] = self.pyramid(low, align.LEVELS["low"])
         if "fused" in branches:
             pyramids["fused"] = self.fusion(pyramids["high"], pyramids["low"])
         return {branch: pyramids[branch] for branch in branches}
@@ -246,14 +242,15 @@ class Conventional(Detector):
     """Conventional multi-scale training: high and low both read at P3..P7, each in its own pixels, no fusion."""
 
     def __init__(self, config):
-        super().__init__(config, branches=("high", "low"), levels=align.levels(shift=0))
+        super().__init__(config, branches=("high", "low"), levels=align.LEVELS["high"])
+        self.frame_scales["low"] = 0.5  # L's boxes are in L's pixels, of which the input, H, has two
 
     def pyramids(self, images, branches=("high", "low")):
         """As a Teacher's, but L is not shifted."""
         inputs = {"high": images}
         if "low" in branches:
             inputs["low"] = align.downsample(images, self.config.downsample)
-        return {branch: self.pyramid(inputs[branch], shift=0) for branch in branches}
+        return {branch: self.pyramid(inputs[branch], align.LEVELS["high"]) for branch in branches}
 
     def predict(self, pyramids):
         """The maps differ in size, so the head is called for each branch."""
@@ -263,10 +260,6 @@ class Conventional(Detector):
         """As in Detector, but each branch has targets of its own: the low one's are in L's pixels."""
         high = super().losses({"high": outputs["high"]}, boxes, labels)
         return high | super().losses({"low": outputs["low"]}, [b / 2 for b in boxes], labels)
-
-    def frame_scale(self, branch):
-        """L's boxes are in L's pixels, of which the network's input, H, has two."""
-        return 0.5 if branch == "low" else 1
 
 
 KINDS = {"teacher": Teacher, "conventional": Conventional, "high": Detector, "low": Detector}

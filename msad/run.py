@@ -148,10 +148,8 @@ class Run:
         self.script, self.out, self.log, self.settings, self.kept = script, out, log, settings, kept
         self.model, self.optimizer = model, optimizer
         self.validation_set, self.autocast = validation_set, autocast
-        self.start, self.evaluated, length = 0, 0, 0  # iterations done, and done when last evaluated; bytes of the log
-        if saved:
-            self.start, self.evaluated, length = restore_optimizer(saved["training"], optimizer, out / "last.pt")
-        if log:  # what came after the checkpoint will come again; of a log that was lost, what is left goes on
+        self.start, length = restore_optimizer(saved["training"], optimizer, out / "last.pt") if saved else (0, 0)
+        if log:  # what was logged after the checkpoint will be logged again; of a log that was lost, what is left goes on
             with self.writing_log():
                 log.truncate(min(length, log.tell()))
                 log.seek(0, os.SEEK_END)
@@ -163,16 +161,17 @@ class Run:
         self.began = time.monotonic()
         silent = None if processes.is_main() else True  # None: a bar only on a terminal
         self.bar = tqdm(total=self.settings.iters, initial=self.start, disable=silent, dynamic_ncols=True)
-        if self.start > self.evaluated and self.is_due(self.start, self.settings.eval_every):
-            self.evaluate(self.start)  # the run had ended between saving and evaluating
+        if self.start and self.is_due(self.start, self.settings.eval_every):
+            self.evaluate(self.start)  # which comes after saving, and is not in the log that the checkpoint knows
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if error and processes.explain(error):
-            raise InputError(f"{processes.explain(error)}; {self.go_on()}") from None
+        reason = error and processes.explain(error)
+        if reason:
+            raise InputError(f"{reason}; {self.go_on()}") from None
 
     def note_stop(self, number, frame):
         """The first SIGTERM or Ctrl-C asks to stop, a second one does not wait."""
@@ -190,7 +189,7 @@ class Run:
         return "go on with: " + shlex.join(["python", self.script, "--resume", "--out", self.out.as_posix()])
 
     def is_due(self, done, every):
-        """Whether something is to be done after so many iterations; the last one is the end's own."""
+        """Whether `done` is a multiple of `every`; never at the last iteration, which the end of the script handles."""
         return done % every == 0 and done < self.settings.iters
 
     def timed(self, batches):
@@ -202,19 +201,19 @@ class Run:
             yield batch
 
     def note(self, loss, losses, **more):
-        """Keep the scalars of a part of a step, losses as {branch: {part: scalar}}, until they are read."""
+        """Keep the scalars of a chunk of the batch, losses as {branch: {part: scalar}}, until they are read."""
         named = {f"{branch}/{part}": value for branch, parts in losses.items() for part, value in parts.items()}
         named = {"loss": loss} | named | more
-        self.noted.append({name: torch.as_tensor(value).detach() for name, value in named.items()})
+        self.noted.append({name: value.detach().float() for name, value in named.items()})
 
     def read(self, gradient):
-        """What was noted in a step, and its gradient -> {name: float}, means over its parts and all processes.
+        """What was noted in a step, and the norm of its gradient -> {name: float}, means over chunks and processes.
 
-        This is the only time a step waits for the device, and when processes agree about stopping.
+        Only here a step waits for the device. The processes also agree here on stopping.
         """
         names = [*self.noted[0], "gradient"]
-        parts = [torch.stack([value.float().to(gradient.device) for value in part.values()]) for part in self.noted]
-        values = torch.cat([torch.stack(parts).mean(0), gradient[None], gradient.new_full((1,), self.stop_wanted)])
+        chunks = torch.stack([torch.stack(list(noted.values())) for noted in self.noted])
+        values = torch.cat([chunks.mean(0), gradient[None], gradient.new_full((1,), self.stop_wanted)])
         *values, stop = processes.mean_over_processes(values).tolist()
         self.stop_agreed = stop > 0 if processes.world_size() > 1 else self.stop_wanted
         self.noted = []
@@ -229,22 +228,21 @@ class Run:
             self.write(iteration=iteration, lr=self.optimizer.param_groups[0]["lr"], **shown)
         last, stop = done == settings.iters, self.stop_agreed and done < settings.iters
         evaluate = not stop and self.is_due(done, settings.eval_every)
-        # Saved before an evaluation, which may fail. And once more after it, or a resumed run would evaluate again.
         if stop or last or evaluate or self.is_due(done, settings.save_every):
-            self.save(done)
+            self.save(done)  # before an evaluation, which may fail
         if evaluate:
             self.evaluate(done)
-            self.save(done)
         if stop and processes.is_main():
             print(f"\nstopped after {done} iterations; {self.go_on()}")
         return stop
 
     def evaluate(self, done):
-        """{branch: metrics} of all of the model's branches, written to the log."""
+        """{branch: metrics} of all of the model's branches, by a folded copy of the model; written to the log."""
+        began = time.monotonic()
         results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
         for branch, metrics in results.items():
             self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
-        self.evaluated = done
+        self.began += time.monotonic() - began  # no time of training
         return results
 
     def save(self, done):
@@ -252,7 +250,7 @@ class Run:
         if self.log:
             with self.writing_log():
                 os.fsync(self.log.fileno())
-            training = {"done": done, "evaluated": self.evaluated, "log": self.log.tell(), **self.kept}
+            training = {"done": done, "log": self.log.tell(), **self.kept}
             training |= {"optimizer": self.optimizer.state_dict(), "settings": vars(self.settings)}
             checkpoint.save(self.out / "last.pt", self.model, training)
 
@@ -300,13 +298,12 @@ class Run:
 def evaluate_all(model, dataset, settings, autocast):
     """{branch: metrics} of all of a model's branches."""
     images = settings.batch // processes.world_size()
-    found = evaluation.evaluate(model, dataset, sorted(model.branches), images, settings.workers, autocast)
+    found = evaluation.evaluate(model, dataset, model.branches, images, settings.workers, autocast)
     return {branch: metrics for branch, (metrics, _) in found.items()}
 
 
 def restore_optimizer(training, optimizer, path):
-    """Bring an optimizer to its stored state -> iterations done, iterations done
-    when it was last evaluated, length of the log. Raises InputError."""
+    """Bring an optimizer to its stored state -> iterations done, length of the log. Raises InputError."""
     with blamed(path):
         groups = optimizer.state_dict()["param_groups"]  # these follow from the settings
         optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
@@ -315,7 +312,7 @@ def restore_optimizer(training, optimizer, path):
             shapes = {name: value.shape for name, value in state.items()}
             if shapes != {name: () if name == "step" else p.shape for name in names}:
                 raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is {shapes}")
-        numbers = training["done"], training["evaluated"], training["log"]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"done, evaluated, log: {numbers!r}")
-    return numbers
+        done, length = training["done"], training["log"]
+        if not (type(done) is type(length) is int and min(done, length) >= 0):
+            raise ValueError(f"done {done!r}, log {length!r}")
+    return done, length

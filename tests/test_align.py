@@ -32,8 +32,8 @@ def meta_teacher():
 
 
 def test_high_reads_p3_to_p7_and_low_p2_to_p6():
-    assert tuple(align.levels(align.SHIFTS["high"])) == (3, 4, 5, 6, 7)
-    assert tuple(align.levels(align.SHIFTS["low"])) == (2, 3, 4, 5, 6)
+    assert align.LEVELS["high"] == (3, 4, 5, 6, 7)
+    assert align.LEVELS["low"] == (2, 3, 4, 5, 6)
 
 
 @pytest.mark.parametrize("side", ALL_SIDES[::100])
@@ -47,8 +47,8 @@ def test_the_size_formula_is_the_networks(meta_teacher, side):
 def test_allowed_sides_give_maps_of_the_same_size():
     for side in GOOD_SIDES:
         align.check_sides(side, 64), align.check_sides(64, side)
-        high = [map_sides(side)[level] for level in align.levels(0)]
-        low = [map_sides(side // 2)[level] for level in align.levels(1)]
+        high = [map_sides(side)[level] for level in align.LEVELS["high"]]
+        low = [map_sides(side // 2)[level] for level in align.LEVELS["low"]]
         assert high == low
         # Cells of 8 to 32 pixels fill the image exactly, larger ones cover it.
         assert [h * s for h, s in zip(high[:3], (8, 16, 32))] == [side] * 3
@@ -82,7 +82,7 @@ def test_the_teacher_refuses_sizes_that_do_not_align():
 
 def test_the_low_branchs_strides_seen_from_high_pixels_are_the_high_branchs():
     for level, stride in enumerate(align.STRIDES):
-        high, low = align.levels(0)[level], align.levels(1)[level]
+        high, low = align.LEVELS["high"][level], align.LEVELS["low"][level]
         assert stride == 2**high == 2 * 2**low
 
 

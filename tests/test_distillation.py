@@ -153,7 +153,7 @@ def test_a_student_like_its_teacher_takes_everything_it_has():
     assert line.endswith("; left behind fpn 2, fusion 2; new nothing")  # P7's convolution, and the gate
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        expected = teacher.eval().pyramid(images, align.SHIFTS["low"])
+        expected = teacher.eval().pyramid(images, align.LEVELS["low"])
         for found, wanted in zip(student(images)[0]["low"], expected, strict=True):
             torch.testing.assert_close(found, wanted)
 

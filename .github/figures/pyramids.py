@@ -99,8 +99,8 @@ def main():
         for level, (x, (h, w)) in enumerate(zip(COLUMNS, found[row])):
             pen.box(x, y, max(w * CELL, 9), max(h * CELL, 6), fill)
             if row != "fused":
-                shift = align.SHIFTS["high" if row == "high" else "low"]
-                pen.text(x, y - h * CELL / 2 - 13, f"P{align.levels(shift)[level]}", fill, 16)
+                levels = align.LEVELS["high" if row == "high" else "low"]
+                pen.text(x, y - h * CELL / 2 - 13, f"P{levels[level]}", fill, 16)
                 pen.text(x, y + h * CELL / 2 + 13, f"{h} x {w}", fill)
     for x, heights in zip(COLUMNS, zip(*found.values())):
         half = [max(h * CELL, 6) / 2 for h, _ in heights]

@@ -64,7 +64,7 @@ def draw_gate(table, trained, path):
     say = lambda x, y, words, fill=INK: pen.text((x * fine, y * fine), words, fill, font, anchor="mm")
     say(width / 2 + 75, 20, "the gate's mean weight on H, by aligned level")
     for level in range(table.shape[1]):
-        high, low = (align.levels(align.SHIFTS[branch])[level] for branch in ("high", "low"))
+        high, low = (align.LEVELS[branch][level] for branch in ("high", "low"))
         say(245 + 122 * level, 52, f"P{high} of H, P{low} of L")
         for row in range(table.shape[0]):
             share = table[row, level].item()
