@@ -1,0 +1,557 @@
+"""Accidents that must cost nothing but the time since: an evaluation or a drawing that fails, files that moved, two runs
+for one folder, too few descriptors, workers and processes that end, Ctrl-C, memory that runs out."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import distill
+import evaluate
+import pytest
+import torch
+import train
+from folders import draw_rectangles
+from helpers import tiny_model
+from PIL import Image
+from scripts import LONG, TINY, assert_same_run, call, complaint, runs, succeed
+from test_processes import torchrun
+
+from msad import checkpoint, data, models, pictures, processes, run
+from msad.files import open_locked
+
+NAMES = ("trained", "distilled")
+LOSSES = models.Detector.losses
+
+
+def done(out):
+    return checkpoint.read(out / "last.pt")["training"]["done"]
+
+
+def entries(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+class Process:
+    """A script in a fork of this process, which is there at once; what it writes goes to a file.
+
+    It leads a group with its workers. `change` is called in it before the script.
+    """
+
+    def __init__(self, folder, script, *flags, change=lambda: None, **environment):
+        self.output = Path(folder) / "output"
+        self.output.touch()
+        self.id = os.fork()
+        if self.id == 0:
+            self.work(script, flags, change, environment)
+
+    def work(self, script, flags, change, environment):
+        code = 99
+        try:
+            os.setsid()
+            file = os.open(self.output, os.O_WRONLY | os.O_APPEND)
+            for number in (1, 2):
+                os.dup2(file, number)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            os.environ.update(environment)
+            sys.argv = [f"{script.__name__}.py", *map(str, flags)]
+            change()
+            processes.run_script(script.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait_until(self, happened):
+        """Until something happened; an error if the process ends before."""
+        while not happened():
+            assert os.waitid(os.P_PID, self.id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, self.output.read_text()
+            time.sleep(0.005)
+
+    def end(self, patience=120):
+        """Its exit code and the lines it wrote. A process that hangs is killed after some patience."""
+        limit = time.monotonic() + patience
+        while not (ended := os.waitpid(self.id, os.WNOHANG))[0]:
+            if time.monotonic() > limit:
+                self.kill()
+                raise AssertionError(f"it hangs: {self.output.read_text()}")
+            time.sleep(0.005)
+        return os.waitstatus_to_exitcode(ended[1]), self.output.read_text().splitlines()
+
+    def kill(self, workers=True):
+        os.kill(self.id, signal.SIGKILL)
+        os.waitpid(self.id, 0)
+        if workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.id, signal.SIGKILL)
+
+
+def pausing(folder, step=6):
+    """Losses that, in a step, wait until the file `go` is in a folder, and say so by a file `waits`."""
+    steps = []
+
+    def losses(*arguments):
+        steps.append(None)
+        if len(steps) == step:
+            (folder / "waits").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.005)
+        return LOSSES(*arguments)
+
+    def change():
+        models.Detector.losses = losses
+
+    return change
+
+
+# An evaluation or a drawing that fails.
+
+
+def raising(error):
+    """What takes anything and raises an error."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+ERRORS = {
+    "a bad picture": None,
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "another": ZeroDivisionError("a fault of the program"),
+}
+
+
+@pytest.mark.parametrize("name, save_every, error", [
+    ("trained", 13, "a bad picture"), ("trained", 20, "memory"), ("distilled", 4, "another"),
+])  # fmt: skip
+def test_an_evaluation_that_fails_costs_nothing(uninterrupted, tmp_path, monkeypatch, name, save_every, error):
+    script, flags = runs(uninterrupted)[name]
+    out, mended = tmp_path / "out", {}
+    flags = [*flags, "--save-every", save_every, "--out", out]
+    resume = ["--resume", "--out", out]
+    if error == "a bad picture":
+        shutil.copytree(uninterrupted / "data", tmp_path / "data")
+        flags += ["--data", tmp_path / "data"]
+        for path in (tmp_path / "data" / "val").iterdir():
+            mended[path] = path.read_bytes()
+            path.write_bytes(mended[path][:-300])
+    with monkeypatch.context() as patch:
+        if not mended:
+            patch.setattr(run, "evaluate_all", raising(ERRORS[error]))
+        for flags in (flags, resume):  # fails once, and once more where the run goes on
+            if error == "another":
+                with pytest.raises(ZeroDivisionError):
+                    call(script, *flags)
+            else:
+                line = complaint(script, *flags)
+                assert ("out of memory" if error == "memory" else "val/0.png: not readable") in line
+            assert done(out) == 13 and [e["iteration"] for e in entries(out)] == list(range(13))
+    for path, content in mended.items():
+        path.write_bytes(content)
+    succeed(script, *resume)
+    assert_same_run(out, uninterrupted / name)
+
+
+def test_a_last_evaluation_that_fails_costs_nothing(uninterrupted, tmp_path, monkeypatch):
+    script, flags = runs(uninterrupted)["trained"]
+    with monkeypatch.context() as patch:
+        evaluations = iter((run.evaluate_all, raising(MemoryError())))
+        patch.setattr(run, "evaluate_all", lambda *arguments: next(evaluations)(*arguments))
+        assert "out of memory" in complaint(script, *flags, "--out", tmp_path)
+    assert done(tmp_path) == 20
+    assert "low @ low" in succeed(script, "--resume", "--out", tmp_path)
+    assert_same_run(tmp_path, uninterrupted / "trained")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with a checkpoint, and photos whose names are all that a file system allows."""
+    home = tmp_path_factory.mktemp("photos")
+    checkpoint.save(home / "model.pt", tiny_model("low"))
+    names = ["a.png", "雪" * 83 + ".png", "x" * 251 + ".png", "b%20c.png", "new\nline.png", "a.b.png", "c.png"]
+    (home / "photos").mkdir()
+    for name in names:
+        Image.new("RGB", (80, 60), (200, 90, 30)).save(home / "photos" / name)
+    return home
+
+
+LOOK = ["--draw", "--threshold", 0, "--device", "cpu", "--precision", "fp32"]
+
+
+def test_a_name_as_long_as_a_file_system_allows_is_drawn_too(photos, tmp_path):
+    succeed(evaluate, "--ckpt", photos / "model.pt", "--images", photos / "photos", "--out", tmp_path, *LOOK)
+    names = {path.name for path in (photos / "photos").iterdir()}
+    assert len(list(tmp_path.glob("*.jpg"))) == len(names) == 7
+    assert {e["image_id"] for e in json.loads((tmp_path / "detections.json").read_text())} == names
+
+
+@pytest.mark.parametrize("what", ["strip", "save"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a fault")])
+def test_what_was_found_is_written_though_a_drawing_fails(photos, tmp_path, monkeypatch, what, error):
+    real, calls = getattr(pictures, what), []
+
+    def fail_twice(*arguments, **more):
+        calls.append(None)
+        if len(calls) in (1, 5):
+            raise error
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(pictures, what, fail_twice)
+    flags = ["--ckpt", photos / "model.pt", "--images", photos / "photos", "--out", tmp_path, *LOOK]
+    code, printed, complained = call(evaluate, *flags)
+    assert code == 2 and complained.splitlines()[-1].startswith("error: 2 pictures could not be drawn")
+    assert len(list(tmp_path.glob("*.jpg"))) == 5 and "drawn: 5 pictures" in printed
+    assert len({e["image_id"] for e in json.loads((tmp_path / "detections.json").read_text())}) == 7
+
+
+def test_results_on_a_data_set_are_written_before_anything_is_drawn(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "compare", raising(OSError("no")))
+    checkpoint.save(tmp_path / "model.pt", tiny_model("low"))
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    content["config"]["classes"] = checkpoint.read(uninterrupted / "trained" / "last.pt")["config"].classes
+    torch.save(content, tmp_path / "model.pt")
+    flags = ["--ckpt", tmp_path / "model.pt", "--data", uninterrupted / "data", *LOOK]
+    with contextlib.suppress(OSError):
+        call(evaluate, *flags, "--json", tmp_path / "a.json", "--detections", tmp_path / "found.json")
+    assert json.loads((tmp_path / "a.json").read_text())["low"] and json.loads((tmp_path / "found.json").read_text())
+
+
+# Files that moved.
+
+
+@pytest.fixture(scope="module")
+def halted(uninterrupted, tmp_path_factory):
+    """A data set, a teacher and its student, which stopped after 12 iterations, in one folder."""
+    home = tmp_path_factory.mktemp("halted")
+    for name in ("data", "teacher"):
+        shutil.copytree(uninterrupted / name, home / name)
+    script, flags = runs(home)["distilled"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "evaluate_all", raising(MemoryError()))
+        complaint(script, *flags, "--eval-every", 12, "--out", home / "student")
+    content = torch.load(home / "student" / "last.pt", weights_only=True)
+    content["training"]["settings"]["eval_every"] = 13  # as in the run that was not interrupted
+    torch.save(content, home / "student" / "last.pt")
+    assert done(home / "student") == 12
+    return home
+
+
+MOVED = {  # flags, as seen from the folder that all was moved to
+    "absolute": "--data {here}/data --teacher {here}/teacher/last.pt --out {here}/student",
+    "relative": "--data ./teacher/../data --teacher teacher//last.pt --out student/",
+    "through links": "--data {here}/link/data --teacher link/linked.pt --out link/student",
+    "a new name for the teacher's file": "--data data --teacher best.pt --out student",
+    "a new name for the student": "--data data --teacher teacher/last.pt --out elsewhere/student",
+}
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_a_student_goes_on_wherever_it_its_data_and_its_teacher_have_moved(halted, uninterrupted, tmp_path, monkeypatch, case):
+    here = shutil.copytree(halted, tmp_path / "here")
+    (here / "link").symlink_to(here)
+    (here / "linked.pt").symlink_to(here / "teacher" / "last.pt")
+    if "teacher's file" in case:
+        (here / "teacher" / "last.pt").rename(here / "best.pt")
+    if "student" in case:
+        (here / "elsewhere").mkdir()
+        (here / "student").rename(here / "elsewhere" / "student")
+    monkeypatch.chdir(here)
+    flags = MOVED[case].format(here=here).split()
+    succeed(distill, "--resume", *flags, "--workers", 1)
+    assert_same_run(Path(flags[-1]), uninterrupted / "distilled")
+
+
+def test_a_teacher_that_is_gone_is_asked_for(halted, tmp_path):
+    here = shutil.copytree(halted, tmp_path / "here")
+    content = torch.load(here / "student" / "last.pt", weights_only=True)
+    content["training"]["settings"]["teacher"] = str(tmp_path / "gone.pt")
+    torch.save(content, here / "student" / "last.pt")
+    line = complaint(distill, "--resume", "--out", here / "student")
+    assert line == f"error: {tmp_path}/gone.pt: no such file; say with --teacher where the teacher is now\n"
+    other = [*TINY, "--data", here / "data", "--seed", 3, "--iters", 1, "--out", here / "other"]
+    succeed(train, *other)
+    line = complaint(distill, "--resume", "--out", here / "student", "--teacher", here / "other" / "last.pt")
+    assert f"{here}/other/last.pt: is not the teacher" in line
+
+
+def test_weights_from_a_file_are_needed_at_the_start_alone(uninterrupted, tmp_path, monkeypatch):
+    weights = tmp_path / "first" / "backbone.pt"
+    weights.parent.mkdir()
+    torch.save(checkpoint.load(uninterrupted / "trained" / "last.pt").backbone.state_dict(), weights)
+    script, flags = runs(uninterrupted)["trained"]
+    flags = [*flags, "--weights", weights, "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate_all", raising(MemoryError()))
+        complaint(script, *flags, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    weights.parent.rename(tmp_path / "second")
+    assert "--weights none" in complaint(script, "--resume", "--out", tmp_path / "a", "--weights", "none")
+    succeed(script, "--resume", "--out", tmp_path / "a")
+    succeed(script, "--resume", "--out", tmp_path / "b", "--weights", tmp_path / "second" / "backbone.pt")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+# Two runs for one folder.
+
+
+def listing(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path):
+    script, flags = runs(uninterrupted)["trained"]
+    out = tmp_path / "out"
+    first = Process(tmp_path, script, *flags, "--out", out, change=pausing(tmp_path))
+    first.wait_until((tmp_path / "waits").exists)
+    before = listing(out)
+    others = [runs(uninterrupted)[other] for other in NAMES]
+    attempts = [[*others[0], "--seed", 9], [*others[1]], [script, [], "--resume"], [script, flags, "--resume"]]
+    for other, its_flags, *more in attempts:
+        line = complaint(other, *its_flags, *more, "--out", out)
+        assert line == f"error: {out}: in use by another run; choose another --out\n"
+    assert listing(out) == before
+    (tmp_path / "link").symlink_to(out)
+    assert "in use by another run" in complaint(script, *flags, "--out", tmp_path / "link")
+    (tmp_path / "go").touch()
+    assert first.end()[0] == 0
+    assert_same_run(out, uninterrupted / "trained")
+    assert sorted(listing(out)) == ["curve.png", "last.pt", "log.jsonl", "sheet.jpg"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_ended_in_any_way_leaves_its_folder_to_the_next_at_once(uninterrupted, tmp_path, number):
+    script, flags = runs(uninterrupted)["trained"]
+    out = tmp_path / "out"
+    flags = [*flags, "--workers", 2, "--out", out]
+    first = Process(tmp_path, script, *flags, change=pausing(tmp_path))
+    first.wait_until((tmp_path / "waits").exists)
+    if number == signal.SIGKILL:
+        first.kill(workers=False)  # these live on for some seconds
+    else:
+        os.kill(first.id, number)
+        (tmp_path / "go").touch()
+        assert first.end()[0] == 130
+    assert done(out) in (4, 6)
+    succeed(script, *flags, "--resume", "--workers", 0)
+    assert_same_run(out, uninterrupted / "trained")
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(first.id, signal.SIGKILL)
+
+
+# Workers.
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    return draw_rectangles(tmp_path_factory.mktemp("squares") / "data", {"train": 70, "val": 2}, sides=(64, 64))
+
+
+def test_a_batch_needs_few_file_descriptors(squares, tmp_path):
+    def limit():
+        room = len(os.listdir("/proc/self/fd")) + 63
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    flags = [*TINY, "--data", squares, "--res", "low", "--batch", 64, "--workers", 1, "--iters", 3, "--eval-every", 3]
+    flags += ["--out", tmp_path / "out"]
+    code, lines = Process(tmp_path, train, *flags, change=limit).end()
+    assert code == 0 and done(tmp_path / "out") == 3, lines
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_input_error(path, *_):
+    raise data.InputError(f"{path}: is upside down")
+
+
+def raise_memory_error(*_):
+    raise MemoryError("no memory for a picture")
+
+
+def sleep_for_ever(*_):
+    time.sleep(10_000)
+
+
+WORKERS = {  # what befalls a worker -> the line, and how long a batch is waited for
+    "dies": (die, "error: a process that reads pictures died: try fewer --workers; there is no checkpoint yet", 900),
+    "raises": (raise_input_error, ".png: is upside down", 900),
+    "runs out of memory": (raise_memory_error, "error: out of memory: try a smaller --batch", 900),
+    "hangs": (sleep_for_ever, "error: a process that reads pictures died", 1),
+}
+
+
+@pytest.mark.parametrize("case", WORKERS)
+def test_whatever_befalls_a_worker_ends_the_run_with_its_line(squares, tmp_path, case):
+    accident, expected, patience = WORKERS[case]
+
+    def change():
+        data.read_image, data.PATIENCE = accident, patience
+
+    flags = [*TINY, "--data", squares, "--res", "low", "--workers", 1, "--iters", 3, "--out", tmp_path / "out"]
+    code, lines = Process(tmp_path, train, *flags, change=change).end()
+    assert code == 2 and expected in lines[-1] and lines[-1].startswith("error: "), lines
+    assert not any("Traceback" in line for line in lines)
+
+
+# One of several processes fails.
+
+
+def free_port():
+    with socket.socket() as open_socket:
+        open_socket.bind(("127.0.0.1", 0))
+        return open_socket.getsockname()[1]
+
+
+def wait_for_the_others():
+    """What closing a group of processes may do: NCCL's waits for all of them."""
+    time.sleep(10_000)
+
+
+def two_processes(folder, failing_rank):
+    """Flags of a run of two processes, one of which meets a damaged picture in its part of the validation set."""
+    draw_rectangles(folder / "data", {"train": 4, "val": 4}, sides=(64, 64))
+    path = folder / "data" / "val" / f"{2 * failing_rank}.png"  # each has two of the four
+    path.write_bytes(path.read_bytes()[:-300])
+    return [*TINY, "--data", folder / "data", "--res", "low", "--batch", 4, "--out", folder / "out"]
+
+
+@pytest.mark.parametrize("failing_rank, fault", [(0, "a picture"), (1, "a picture"), (0, "the folder")])
+def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, failing_rank, fault):
+    flags = two_processes(tmp_path, failing_rank)
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    expected = f"val/{2 * failing_rank}.png: not readable as an image"
+    if fault == "the folder":
+        (tmp_path / "out").mkdir()
+        log = open_locked(tmp_path / "out" / "log.jsonl", "")  # as another run does
+        expected = f"error: {tmp_path}/out: in use by another run; choose another --out"
+
+    def change():
+        torch.distributed.destroy_process_group = wait_for_the_others
+
+    both = []
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        both.append(Process(tmp_path / str(rank), train, *flags, change=change, RANK=str(rank), **environment))
+    code, lines = both[failing_rank].end(60)
+    assert code == 2 and expected in lines[-1], "\n".join(lines)
+    both[1 - failing_rank].kill()
+    if fault == "the folder":
+        log.close()
+
+
+def test_torchrun_ends_a_job_at_once_when_one_process_fails(tmp_path):
+    job = torchrun(train.__file__, *two_processes(tmp_path, 1), cwd=tmp_path)
+    _, complained = job.communicate(timeout=60)
+    assert job.returncode != 0 and "val/2.png: not readable as an image" in complained
+    assert done(tmp_path / "out") == 2, "saved before the evaluation"
+
+
+ALONE = ({"RANK": "0"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+
+
+@pytest.mark.parametrize("environment", ALONE)
+@pytest.mark.parametrize("script", [train, distill, evaluate])
+def test_rank_without_the_rest_of_torchrun_s_environment(uninterrupted, tmp_path, monkeypatch, script, environment):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    flags = {train: [*TINY, "--data", uninterrupted / "data", "--out", tmp_path / "out"]}
+    flags[distill] = [*flags[train], "--teacher", uninterrupted / "teacher" / "last.pt"]
+    flags[evaluate] = ["--ckpt", uninterrupted / "trained" / "last.pt"]
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    line = complaint(script, *flags[script])
+    assert line == f"error: RANK is set but {', '.join(missing)} not: start with torchrun, or unset RANK\n"
+    assert not (tmp_path / "out").exists()
+
+
+# Ctrl-C.
+
+SAVING, NOT_SAVING = "stopping after this iteration, then saving ...", "stopping without saving"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_says_at_once_what_it_will_do(uninterrupted, tmp_path, number):
+    script, flags = runs(uninterrupted)["trained"]
+    out = tmp_path / "out"
+    process = Process(tmp_path, script, *flags, "--out", out, change=pausing(tmp_path))
+    process.wait_until((tmp_path / "waits").exists)
+    os.kill(process.id, number)
+    process.wait_until(lambda: SAVING in process.output.read_text())  # in the middle of an iteration
+    assert not (tmp_path / "go").exists() and done(out) == 4
+    (tmp_path / "go").touch()
+    code, lines = process.end()
+    command = f"go on with: python train.py --resume --out {out}"
+    assert code == 130 and lines[-1] == f"stopped after 6 iterations; {command}" and done(out) == 6
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_ctrl_c_says_that_it_does_not_save_and_ends_the_run(uninterrupted, tmp_path, first, second):
+    script, flags = runs(uninterrupted)["trained"]
+    out = tmp_path / "out"
+    process = Process(tmp_path, script, *flags, "--workers", 1, "--out", out, change=pausing(tmp_path))
+    process.wait_until((tmp_path / "waits").exists)
+    before = (out / "last.pt").read_bytes()
+    for number, line in ((first, SAVING), (second, NOT_SAVING)):
+        os.kill(process.id, number)
+        process.wait_until(lambda: line in process.output.read_text())
+    code, lines = process.end()
+    text = "\n".join(lines)
+    assert code == 130 and text.index(SAVING) < text.index(NOT_SAVING) and "Traceback" not in text
+    assert (out / "last.pt").read_bytes() == before and "stopped after" not in text
+
+
+# Memory that runs out.
+
+OUT_OF_MEMORY = {
+    "of a device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),
+    "of PyTorch's on a CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    "of Python's": MemoryError(),
+    "of NumPy's": MemoryError("Unable to allocate 3.00 GiB for an array with shape (1, 2) and data type float64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, step, case", [
+    ("distilled", 6, "of a device"), ("trained", 2, "of a device"),
+    *(("trained", 6, case) for case in list(OUT_OF_MEMORY)[1:]),
+])  # fmt: skip
+def test_memory_that_runs_out_is_one_line_with_what_helps(uninterrupted, tmp_path, monkeypatch, name, step, case):
+    script, flags = runs(uninterrupted)[name]
+    out, steps = tmp_path / "out", []
+
+    def losses(*arguments):
+        steps.append(None)
+        if len(steps) == step:
+            raise OUT_OF_MEMORY[case]
+        return LOSSES(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.Detector, "losses", losses)
+        line = complaint(script, *flags, "--out", out)
+    assert line.startswith("error: out of memory: ")
+    assert all(flag in line for flag in ("--batch", "--short-sides", "--long-side", "--precision bf16"))
+    if step < 4:
+        assert line.endswith("; there is no checkpoint yet\n") and not (out / "last.pt").exists()
+    else:
+        assert line.endswith(f"; go on with: python {script.__name__}.py --resume --out {out}\n") and done(out) == 4
+
+
+def test_another_error_is_no_lack_of_memory(uninterrupted, tmp_path, monkeypatch):
+    script, flags = runs(uninterrupted)["trained"]
+    monkeypatch.setattr(models.Detector, "losses", raising(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        call(script, *flags, "--out", tmp_path)
