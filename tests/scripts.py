@@ -21,12 +21,14 @@ from msad import processes
 
 ROOT = Path(__file__).parents[1]
 
-# The small recipe, as small as it gets. All runs are repeatable to the bit.
-TINY = (
-    "--recipe small --iters 4 --batch 2 --short-sides 64 96 --test-side 64 --long-side 128 --fpn-channels 32 "
-    "--head-channels 64 --head-convs 1 --warmup 2 --save-every 2 --eval-every 2 --log-every 1 "
-    "--precision fp32 --device cpu"
+# A short run that is repeatable to the bit, and the small recipe as small as it gets.
+SHORT = (
+    "--iters 4 --batch 2 --warmup 2 --save-every 2 --eval-every 2 --log-every 1 --precision fp32 --device cpu"
 ).split()
+TINY = (
+    "--recipe small --short-sides 64 96 --test-side 64 --long-side 128 --fpn-channels 32 --head-channels 64 "
+    "--head-convs 1"
+).split() + SHORT
 LONG = [*TINY, "--iters", "20", "--save-every", "4", "--eval-every", "13"]
 
 

@@ -44,11 +44,12 @@ def random_batch(counts):
 
 
 def gradients(kind, head, counts, rank=0, count=1):
-    """{parameter: gradient} of a model on its process's part of a batch; BatchNorm uses its running statistics."""
+    """{parameter: gradient} of a model on its process's part of a batch; BatchNorm is frozen."""
     torch.manual_seed(0)
     model = models.build(tiny_config(kind, head=head))
     randomize(model)
-    network = processes.parallel(model).eval()
+    network = processes.parallel(model, "frozen")
+    processes.set_training(model, "frozen")
     images, boxes, labels = random_batch(counts)
     mine = slice(rank * len(counts) // count, (rank + 1) * len(counts) // count)
     if kind == "low":
@@ -211,7 +212,7 @@ def outcomes(two, name):
 
 def test_a_finished_run_gives_no_code_and_a_batch_must_not_be_smaller_than_the_processes(two):
     assert [outcomes(two, name) for name in ("teacher", "conventional", "student")] == 3 * [[None, None]]
-    assert outcomes(two, "too small") == 2 * ["--batch 1: smaller than the number of processes, 2"]
+    assert outcomes(two, "too small") == 2 * ["--batch 1 is smaller than the number of processes, 2"]
     assert not (two / "none").exists()
 
 

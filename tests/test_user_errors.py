@@ -16,7 +16,7 @@ from msad import data
 from msad.files import InputError
 
 DATA_ERRORS = {
-    "no such folder": (["--data", "{home}/nothing"], "nothing/annotations/instances_train*.json"),
+    "no such folder": (["--data", "{home}/nothing"], "{home}/nothing: no such folder; say with --data"),
     "out is a file": (["--out", "{home}/file"], "{home}/file"),
     "out is below a file": (["--out", "{home}/file/out"], "/file/out: cannot be written ("),
     "weights are not there": (["--weights", "{home}/nothing"], "{home}/nothing: no such file"),
@@ -63,7 +63,7 @@ def test_a_batch_smaller_than_the_number_of_processes(home, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun starts it, before it has met the other
     monkeypatch.setenv("RANK", "0")
     line = complaint(train, *TINY, "--data", home / "data", "--out", home / "out", "--batch", 1)
-    assert "--batch 1: smaller than the number of processes, 2" in line
+    assert "--batch 1" in line and "the number of processes, 2" in line
 
 
 def test_a_batch_too_small_for_batchnorm(tmp_path):
@@ -117,8 +117,12 @@ def test_evaluation_needs_a_checkpoint_a_branch_and_a_place(home):
     assert "--res fused" in complaint(evaluate, *data_flags, *student, "--res", "fused")
     assert "--batch" in complaint(evaluate, *data_flags, *student, "--batch", 0)
     assert "--workers" in complaint(evaluate, *data_flags, *student, "--workers", -1)
-    assert "--json" in complaint(evaluate, *data_flags, *student, "--json", home / "none" / "a.json")
-    assert "instances_val*.json" in complaint(evaluate, *student, "--data", home / "none")
+    for flag in ("--json", "--detections"):
+        line = complaint(evaluate, *data_flags, *student, flag, home / "none" / "a.json")
+        assert f"{home}/none/a.json: cannot be written" in line
+    assert f"{home}/none: no such folder" in complaint(evaluate, *student, "--data", home / "none")
+    (home / "empty").mkdir()
+    assert "instances_val*.json: no such file" in complaint(evaluate, *student, "--data", home / "empty")
     assert "--device warp" in complaint(evaluate, *data_flags, *student, "--device", "warp")
     (home / "student" / "pictures").mkdir()
     looked_at = complaint(evaluate, *student, "--images", home / "student" / "pictures")

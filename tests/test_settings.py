@@ -1,0 +1,178 @@
+"""Where a setting comes from: what was typed, the teacher's checkpoint, the recipe; and data that is named once only."""
+
+import shlex
+import shutil
+
+import distill
+import evaluate
+import pytest
+import torch
+import train
+from folders import draw_rectangles
+from helpers import tiny_config
+from scripts import SHORT, TINY, complaint, succeed
+
+from msad import checkpoint, settings, shapes
+from msad.files import InputError
+
+INHERITED = {  # setting -> a value that neither recipe has, in the teacher's checkpoint, and another one, typed
+    "data": ("of the teacher", "typed"),
+    "recipe": ("small", "coco"),
+    "short_sides": ([64, 96], [128]),
+    "test_side": (320, 640),
+    "long_side": (600, 700),
+    "pad": (128, 256),
+    "downsample": ("nearest", "area"),
+    "head": ("retinanet", "fcos"),
+    "backbone": ("resnet101", "resnet34"),
+    "width": (0.75, 0.5),
+    "fpn_channels": (96, 128),
+    "head_channels": (160, 96),
+    "head_convs": (3, 5),
+    "object_scale": (0.5, 0.8),
+}
+
+
+def teacher_content(**changes):
+    """What a teacher's checkpoint says of the settings above."""
+    values = {name: value for name, (value, _) in INHERITED.items()} | changes
+    run = ("data", "recipe", "short_sides")
+    config = {name: value for name, value in values.items() if name not in (*run, "test_side")}
+    stored = settings.COCO | {"iters": 77, "lr": 0.5, "seed": 9} | {name: values[name] for name in run}
+    return {"config": tiny_config("teacher", short_side=values["test_side"], **config), "training": {"settings": stored}}
+
+
+def test_a_recipe_is_chosen_by_the_data_unless_it_is_typed():
+    for typed, recipe in (({}, "small"), ({"data": "d"}, "coco"), ({"data": "d", "recipe": "small"}, "small")):
+        found = vars(settings.settle(typed | {"seed": 5}, train.OWN))
+        own = {"res": "multi", "no_align": False}
+        assert found == settings.RECIPES[recipe] | typed | own | {"recipe": recipe, "seed": 5}
+
+
+@pytest.mark.parametrize("recipe, batch, rate", [("small", 2, 0.003 / 4), ("coco", 32, 0.02)])
+def test_the_learning_rate_is_in_proportion_to_the_batch_unless_it_is_typed(recipe, batch, rate):
+    typed = {"recipe": recipe, "batch": batch}
+    assert settings.settle(typed, train.OWN).lr == pytest.approx(rate)
+    assert settings.settle(typed | {"lr": 0.7}, train.OWN).lr == 0.7
+    assert settings.settle(typed, distill.OWN, settings.inherit(teacher_content(), "t.pt")).lr == pytest.approx(rate)
+
+
+def test_a_student_inherits_data_and_network_and_nothing_else_of_its_teacher_s_run():
+    found = vars(settings.settle({"teacher": "t.pt"}, distill.OWN, settings.inherit(teacher_content(), "t.pt")))
+    assert {name: found[name] for name in INHERITED} == {name: value for name, (value, _) in INHERITED.items()}
+    own = {"teacher": "t.pt", "kd_loss": "l1", "kd": 0.6, "kd_ramp": 500, "weights": "teacher"}
+    rest = {name: value for name, value in found.items() if name not in INHERITED}
+    assert rest == {name: value for name, value in (settings.SMALL | own).items() if name not in INHERITED}
+
+
+@pytest.mark.parametrize("name", INHERITED)
+def test_what_is_typed_wins_over_what_is_inherited(name):
+    typed = {name: INHERITED[name][1]}
+    found = vars(settings.settle(typed, distill.OWN, settings.inherit(teacher_content(), "t.pt")))
+    expected = {other: value for other, (value, _) in INHERITED.items()} | typed
+    assert {other: found[other] for other in INHERITED} == expected
+
+
+def test_a_teacher_without_a_run_gives_its_network_only():
+    found = settings.settle({"data": "d"}, distill.OWN, settings.inherit(teacher_content() | {"training": None}, "t.pt"))
+    assert (found.data, found.recipe, found.short_sides) == ("d", "coco", settings.COCO["short_sides"])
+    assert (found.test_side, found.backbone, found.width) == (320, "resnet101", 0.75)
+
+
+@pytest.mark.parametrize("stored", [7, {"data": 7}, {"recipe": "huge"}, {"short_sides": ["64"]}, {"short_sides": 64}])
+def test_a_teacher_s_settings_that_nobody_has_are_its_file_s_fault(stored):
+    content = teacher_content() | {"training": {"settings": stored}}
+    with pytest.raises(InputError, match="t.pt: a damaged checkpoint"):
+        settings.settle({}, distill.OWN, settings.inherit(content, "t.pt"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with two data sets, and a teacher and a student who were told of the first one, once."""
+    home = tmp_path_factory.mktemp("home")
+    draw_rectangles(home / "data", {"train": 6, "val": 2})
+    draw_rectangles(home / "other", {"train": 5, "val": 3}, seed=1)
+    flags = [*TINY, "--data", home / "data", "--object-scale", 0.5, "--pad", 128, "--iters", 1]
+    succeed(train, *flags, "--out", home / "teacher")
+    (home / "printed").write_text(
+        succeed(distill, *SHORT, "--iters", 1, "--teacher", home / "teacher" / "last.pt", "--out", home / "student")
+    )
+    return home
+
+
+def trained(folder):
+    """The settings and the network in a run's checkpoint."""
+    content = checkpoint.read(folder / "last.pt")
+    return content["training"]["settings"], content["config"]
+
+
+def test_a_student_s_run_has_the_data_and_the_sizes_of_its_teacher_s(home):
+    (first, teacher), (second, student) = trained(home / "teacher"), trained(home / "student")
+    for name in INHERITED:
+        assert second[name] == first[name], name
+    assert vars(student) == vars(teacher) | {"kind": "low"} and (student.object_scale, student.pad) == (0.5, 128)
+    lines = (home / "printed").read_text().splitlines()
+    assert any(line.startswith("train     6 images") for line in lines)
+    assert any(line.startswith("val       2 images") for line in lines)
+
+
+def test_a_student_is_trained_on_other_data_and_sizes_if_they_are_typed(home, tmp_path):
+    typed = ["--data", home / "other", "--test-side", 96, "--short-sides", 96, "--head-convs", 2, "--pad", 64]
+    flags = [*SHORT, "--iters", 1, "--teacher", home / "teacher" / "last.pt", "--out", tmp_path]
+    printed = succeed(distill, *flags, *typed)
+    found, config = trained(tmp_path)
+    assert (found["data"], found["short_sides"], found["recipe"]) == (str(home / "other"), [96], "small")
+    assert (config.short_side, config.head_convs, config.pad, config.fpn_channels) == (96, 2, 64, 32)
+    assert "train     5 images" in printed and "val       3 images" in printed
+
+
+def test_a_checkpoint_is_evaluated_on_the_data_it_was_trained_on_unless_other_data_is_typed(home):
+    cpu = ["--device", "cpu", "--precision", "fp32"]
+    for name in ("teacher", "student"):
+        flags = ["--ckpt", home / name / "last.pt", *cpu]
+        assert "; 2 images (" in succeed(evaluate, *flags)
+        assert "; 3 images (" in succeed(evaluate, *flags, "--data", home / "other")
+
+
+def test_data_that_has_moved_is_one_line_and_can_be_said(home, tmp_path):
+    moved, runs = tmp_path / "moved", tmp_path / "runs"
+    shutil.copytree(home, runs)
+    for name in ("teacher", "student"):
+        content = torch.load(runs / name / "last.pt", weights_only=True)
+        content["training"]["settings"]["data"] = str(tmp_path / "before")
+        content["training"]["done"] = 0
+        torch.save(content, runs / name / "last.pt")
+    (runs / "data").rename(moved)
+    teacher, student = runs / "teacher" / "last.pt", runs / "student" / "last.pt"
+    for script, flags in (
+        (evaluate, ["--ckpt", student, "--device", "cpu"]),
+        (distill, [*SHORT, "--iters", 1, "--teacher", teacher, "--out", tmp_path / "out"]),
+        (train, ["--resume", "--out", runs / "teacher"]),
+    ):
+        line = complaint(script, *flags)
+        assert f"{tmp_path}/before: no such folder" in line and "--data" in line
+        succeed(script, *flags, "--data", moved)
+    assert trained(tmp_path / "out")[0]["data"] == trained(runs / "teacher")[0]["data"] == str(moved)
+
+
+SOON = {  # a small recipe that is over soon
+    "short_sides": [128], "test_side": 128, "long_side": 128, "fpn_channels": 32, "head_convs": 1, "iters": 2, "batch": 2,
+    "warmup": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [[], ["--data", "photos", "--recipe", "small", "--out", "my runs/it's"]])
+def test_the_next_commands_run_as_they_are_printed(tmp_path, monkeypatch, flags):
+    """From train.py to distill.py to evaluate.py; data and recipe are typed once or not at all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "TRAIN", 6)
+    monkeypatch.setattr(shapes, "VAL", 3)
+    for name, value in SOON.items():
+        monkeypatch.setitem(settings.SMALL, name, value)
+    draw_rectangles("photos", {"train": 6, "val": 2})
+    command = ["python", "train.py", *flags]
+    for script in (train, distill, evaluate):
+        assert command[:2] == ["python", f"{script.__name__}.py"]
+        printed = succeed(script, *command[2:])
+        command = shlex.split(printed.splitlines()[-1].removeprefix("next: "))
+    assert ("; 2 images (" if flags else "; 3 images (") in printed
