@@ -74,6 +74,20 @@ def test_width_takes_that_share_of_every_layers_channels(name, width):
         assert list(parameter.shape) == share, key
 
 
+def test_first_weights_keep_the_size_of_values():
+    """Convolutions before ReLU start as He et al. say, by their outputs; those of the pyramid uniformly, by inputs."""
+    torch.manual_seed(0)
+    for conv in (m for m in ResNet("resnet50").modules() if isinstance(m, torch.nn.Conv2d)):
+        fan_out = conv.weight[:, 0].numel()
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+    for conv in (m for m in FPN((256, 512, 1024, 2048), 256, range(2, 8)).modules() if isinstance(m, torch.nn.Conv2d)):
+        bound = (3 / conv.weight[0].numel()) ** 0.5  # of a uniform distribution of variance 1 / inputs
+        assert 0.99 * bound < conv.weight.max() <= bound and conv.weight.std().item() == pytest.approx(
+            bound / 3**0.5, 0.02
+        )
+        assert not conv.bias.any()
+
+
 def test_gradients_reach_every_parameter():
     model = ResNet("resnet50", 0.25)
     sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()

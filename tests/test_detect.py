@@ -160,21 +160,23 @@ def tiles(count, left):
     return torch.tensor([(x, y, x + 4, y + 4) for x, y in corners])
 
 
-def test_each_level_has_at_most_a_thousand_candidates():
+@pytest.mark.parametrize("absent, candidates", [(500, 1100), (650, 950)])
+def test_each_level_has_at_most_a_thousand_candidates(absent, candidates):
     torch.manual_seed(0)
-    # 800 locations and two classes are 1600 candidates; 500 of them are out of the question.
-    first, second = torch.rand(800, 3), torch.rand(50, 3) / 100 + 0.001
-    first[:, 2] = 0
-    first[:500, 0] = 0
-    second[:, :2] = 0
-    assert (first > 0).sum() == 1100
+    # 800 locations and two classes are 1600 candidates, some of them out of the question.
+    first, second, third = torch.rand(800, 3), torch.rand(50, 3) / 100 + 0.001, torch.rand(20, 3) / 2000
+    first[:, 2] = first[:absent, 0] = 0
+    second[:, :2] = third[:, :2] = 0
+    assert (first > 0).sum() == candidates
     model = tiny_model("high")
-    model.head = PlantedHead((tiles(800, 0).float(), first), (tiles(50, 120).float(), second))
+    levels = (tiles(800, 0).float(), first), (tiles(50, 120).float(), second), (tiles(20, 160).float(), third)
+    model.head = PlantedHead(*levels)
     (found,) = model.detect([torch.rand(3, 128, 192)], resize=False, max_detections=10**6)
-    best = first.flatten().sort(descending=True).values[:1000]
-    expected = torch.cat([best, second[:, 2].sort(descending=True).values])
-    torch.testing.assert_close(found["scores"], expected)
-    assert (found["labels"] == 2).sum() == 50  # however low their scores: another level's
+    best = first.flatten().sort(descending=True).values[: min(candidates, 1000)]
+    # However low their scores, those of other levels stay.
+    expected = [best, *(scores[:, 2].sort(descending=True).values for scores in (second, third))]
+    torch.testing.assert_close(found["scores"], torch.cat(expected))
+    assert (found["labels"] == 2).sum() == 70
 
 
 def test_an_image_has_at_most_a_hundred_detections_the_best():
@@ -259,8 +261,8 @@ def test_a_picture_of_nothing_has_no_detections():
 
 
 @pytest.mark.parametrize("head", models.HEADS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_of_lower_precision_finds_nearly_the_same(dtype, head):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_precision_finds_nearly_the_same(dtype, head):
     picture = torch.randint(256, (3, 100, 140), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     model = tiny_model("low", head=head)
     (expected,), (found,) = model.detect(picture), model.to(dtype).detect(picture)

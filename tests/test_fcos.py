@@ -117,7 +117,7 @@ def test_images_of_a_batch_are_assigned_on_their_own():
     assert together["labels"].shape == (3, 512) and together["distances"].shape == (3, 512, 4)
     for i in range(3):
         alone = head.assign(SIZES, boxes[i : i + 1], labels[i : i + 1])
-        assert all(torch.equal(together[key][i], alone[key][0]) for key in together)
+        assert all(torch.equal(together[key][i], alone[key][0]) for key in ("labels", "distances"))
 
 
 def test_first_predictions_are_the_prior():
@@ -255,7 +255,7 @@ def test_centerness_target_equals_the_formula():
 
 
 def random_targets_and_outputs(count):
-    """Half the locations positive with distances in strides, the others background with ones; and any outputs."""
+    """Labels and distances in strides, half of them background, with ones; and any outputs."""
     torch.manual_seed(3)
     shape = (count, 40)
     labels = torch.where(torch.rand(shape) < 0.5, torch.randint(CLASSES, shape), CLASSES)
@@ -265,16 +265,16 @@ def random_targets_and_outputs(count):
         "distances": (torch.randn(*shape, 4) * 3).relu(),
         "centerness": torch.randn(shape) * 2,
     }
-    return {"labels": labels, "distances": distances}, outputs
+    return labels, distances, outputs
 
 
 def test_losses_equal_the_formulas():
-    targets, outputs = random_targets_and_outputs(3)
-    targets["labels"][1] = CLASSES  # an image without a box among others
-    targets["distances"][1] = 1.0
-    found = new_head().losses(outputs, targets)
+    labels, distances, outputs = random_targets_and_outputs(3)
+    labels[1], distances[1] = CLASSES, 1.0  # an image without a box among others
+    head = new_head()
+    found = head.losses(outputs, head.complete(labels, distances))
 
-    labels, wanted = targets["labels"].flatten().tolist(), targets["distances"].reshape(-1, 4).tolist()
+    labels, wanted = labels.flatten().tolist(), distances.reshape(-1, 4).tolist()
     logits, predicted = outputs["logits"].reshape(-1, CLASSES).tolist(), outputs["distances"].reshape(-1, 4).tolist()
     centerness = outputs["centerness"].flatten().tolist()
     positives = [r for r, label in enumerate(labels) if label < CLASSES]
@@ -289,9 +289,10 @@ def test_losses_equal_the_formulas():
 
 def test_losses_of_one_positive_by_hand():
     """The box loss is a mean weighted by centerness, here 1/3: the weight of a single location does not count."""
-    targets = {"labels": torch.tensor([[1, CLASSES]]), "distances": torch.tensor([[[1.0, 1, 3, 3], [1, 1, 1, 1]]])}
+    head = new_head()
+    targets = head.complete(torch.tensor([[1, CLASSES]]), torch.tensor([[[1.0, 1, 3, 3], [1, 1, 1, 1]]]))
     outputs = {"distances": torch.tensor([[[1.0, 1, 1, 1], [9, 9, 9, 9]]]), "centerness": torch.zeros(1, 2)}
-    losses = new_head().losses(outputs | {"logits": torch.zeros(1, 2, CLASSES)}, targets)
+    losses = head.losses(outputs | {"logits": torch.zeros(1, 2, CLASSES)}, targets)
     # A square of side 2 in one of side 4, and in their hull, which is the larger one.
     assert losses["box"].item() == pytest.approx(1 - (4 + 1) / (16 + 1))
     assert losses["centerness"].item() == pytest.approx(math.log(2))

@@ -117,9 +117,10 @@ def test_losses_are_torchvisions_over_the_whole_batch(seed):
 
 def test_losses_by_hand():
     """One positive, one ignored, one background anchor; three classes; probability 1/2 everywhere."""
-    targets = {"labels": torch.tensor([[0, -1, CLASSES]]), "deltas": torch.zeros(1, 3, 4)}
+    head = make_head()
+    targets = head.complete(torch.tensor([[0, -1, CLASSES]]), torch.zeros(1, 3, 4))
     deltas = torch.tensor([[[0.05, -0.1, 0.5, 0.0], [9.0] * 4, [9.0] * 4]])
-    losses = make_head().losses({"logits": torch.zeros(1, 3, CLASSES), "deltas": deltas}, targets)
+    losses = head.losses({"logits": torch.zeros(1, 3, CLASSES), "deltas": deltas}, targets)
     # (1/2)^2 ln 2, weighted by 1/4 for the one true class and 3/4 for the five false ones.
     assert losses["cls"].item() == pytest.approx(0.25 * math.log(2) * (0.25 + 5 * 0.75))
     # Below beta the square over 2 beta, above it the distance less beta / 2.
