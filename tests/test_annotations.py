@@ -87,7 +87,8 @@ def test_linked_folders_and_files_are_read_from_where_their_names_lead(tmp_path)
     (tmp_path / "data" / "train" / "linked.png").symlink_to(elsewhere / "one.png")
     write(tmp_path / "data", content)
     read = annotations.read(tmp_path / "data", "train")
-    assert [read.path(i).read_text() for i in range(6)] == ["pictures/a.png", "pictures/deep/b.png", "one.png", "", "", ""]
+    contents = [read.path(i).read_text() for i in range(6)]
+    assert contents == ["pictures/a.png", "pictures/deep/b.png", "one.png", "", "", ""]
 
 
 @pytest.mark.parametrize("name", ["val", "valid"])
@@ -226,7 +227,7 @@ BROKEN = {
     "a number too large": (set_in("annotations", 9, bbox=[1, 2, 3, 10**400]), "annotations[9]: field 'bbox' is [1, 2"),
     "area as a list": (set_in("annotations", 9, area=[400]), "annotations[9]: field 'area' is [400], must be a number"),
     "area as text": (set_in("annotations", 9, area="400"), "annotations[9]: field 'area' is '400', must be a number"),
-    "crowd in words": (set_in("annotations", 9, iscrowd="false"), "annotations[9]: field 'iscrowd' is 'false', must be"),
+    "crowd in words": (set_in("annotations", 9, iscrowd="false"), "annotations[9]: field 'iscrowd' is 'false', must"),
     "crowd is a count": (set_in("annotations", 9, iscrowd=2), "annotations[9]: field 'iscrowd' is 2, must be 0 or 1"),
     "crowd is a list": (set_in("annotations", 9, iscrowd=[]), "annotations[9]: field 'iscrowd' is [], must be 0 or 1"),
     "a very long box": (set_in("annotations", 9, bbox=[1] * 1000), "annotations[9]: field 'bbox' is [1, 1, 1"),
@@ -350,7 +351,9 @@ CORNERS, CENTRES = "as x1, y1, x2, y2 would", "as centre x, centre y, width, hei
 WRONG_UNITS = {
     "fractions": (lambda x, y, X, Y, w, h: (x / w, y / h, (X - x) / w, (Y - y) / h), FRACTIONS),
     "fractions of corners": (lambda x, y, X, Y, w, h: (x / w, y / h, X / w, Y / h), FRACTIONS),
-    "fractions of centres": (lambda x, y, X, Y, w, h: ((x + X) / 2 / w, (y + Y) / 2 / h, (X - x) / w, (Y - y) / h), FRACTIONS),
+    "fractions of centres": (
+        lambda x, y, X, Y, w, h: ((x + X) / w / 2, (y + Y) / h / 2, X / w - x / w, Y / h - y / h), FRACTIONS,
+    ),
     "fractions without extent": (lambda x, y, X, Y, w, h: (x / w, y / h, 0, 0), FRACTIONS),
     "fractions a little outside": (lambda x, y, X, Y, w, h: (x / w - 0.01, y / h, (X - x) / w, (Y - y) / h), FRACTIONS),
     "corners": (lambda x, y, X, Y, w, h: (x, y, X, Y), CORNERS),
@@ -390,12 +393,12 @@ RIGHT = {
     "one image": boxes_written(plain, images=1),
     "counted from 1": boxes_written(lambda x, y, X, Y, w, h: (x + 1, y + 1, X - x, Y - y)),
     "the whole image": boxes_written(lambda x, y, X, Y, w, h: (0, 0, w, h)),
-    "the lower right corner": boxes_written(lambda x, y, X, Y, w, h: (w - (X - x) / 5, h - (Y - y) / 5, (X - x) / 5, (Y - y) / 5)),
+    "the lower right corner": boxes_written(lambda x, y, X, Y, w, h: (w - X / 5, h - Y / 5, X / 5, Y / 5)),
     "the upper left corner, larger than its place": boxes_written(lambda x, y, X, Y, w, h: (1, 1, w / 2, h / 2)),
     "a little outside all around": boxes_written(lambda x, y, X, Y, w, h: (x - 3, y - 3, X - x + 6, Y - y + 6)),
     "far outside, now and then": boxes_written(lambda x, y, X, Y, w, h: (x, y, X - x + w * ((x + y) % 10 == 0), Y - y)),
     "around the whole image": boxes_written(lambda x, y, X, Y, w, h: (-0.2 * w, -0.2 * h, 1.4 * w, 1.4 * h)),
-    "half of a pixel, some": boxes_written(lambda x, y, X, Y, w, h: (0, 0, 0.5, 0.5) if (x + y) % 3 == 0 else (x, y, X - x, Y - y)),
+    "half of a pixel, some": boxes_written(lambda *box: (0, 0, 0.5, 0.5) if sum(box[:2]) % 3 == 0 else plain(*box)),
 }  # fmt: skip
 
 

@@ -1,15 +1,27 @@
-"""Data sets no one hopes for, through the whole of train.py: trained on by the stated rule, or refused in one line."""
+"""Data sets and folders no one hopes for, through the whole of a script: used by the stated rule, with a word about it,
+or refused in one line."""
 
+import contextlib
+import io
 import json
 import math
+import shutil
 import struct
 import zlib
 
+import evaluate
+import numpy as np
 import pytest
+import torch
 import train
 from folders import annotation_path, draw_rectangles, noise
+from helpers import tiny_model
 from PIL import Image
-from scripts import TINY, complaint, succeed
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scripts import TINY, call, complaint, succeed
+
+from msad import checkpoint, evaluation
 
 
 @pytest.fixture
@@ -87,6 +99,37 @@ def test_names_in_other_alphabets_and_subfolders(data, workers):
     trained(data, "--workers", workers)
 
 
+def test_a_folder_as_annotation_tools_export_it(data):
+    """_annotations.coco.json beside the pictures, and "valid"."""
+    for split, folder in (("train", "train"), ("val", "valid")):
+        content = annotation_path(data, split).read_bytes()
+        (data / split).rename(data / folder)
+        (data / folder / "_annotations.coco.json").write_bytes(content)
+    shutil.rmtree(data / "annotations")
+    lines = trained(data)
+    assert "4 images" in lines["train"] and "2 images" in lines["val"]
+    succeed(evaluate, "--ckpt", data.parent / "out" / "last.pt", "--device", "cpu")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_was_noticed_about_pictures_is_told_in_a_line_each_with_the_count(data, workers):
+    """Orientation 3 in all but one of the training pictures, 6 against the annotations and damage in the others."""
+    turned, sideways = Image.Exif(), Image.Exif()
+    turned[0x0112], sideways[0x0112] = 3, 6
+    blocks = {"train/1": turned, "train/2": turned, "train/3": turned, "val/0": sideways, "val/1": b"Exif\0\0no TIFF"}
+    for name, block in blocks.items():
+        Image.open(data / f"{name}.png").save(data / f"{name}.png", exif=block)
+    flags = [*TINY, "--data", data, "--out", data.parent / "out", "--iters", 8, "--eval-every", 8, "--workers", workers]
+    code, _, complained = call(train, *flags)
+    assert code == 0
+    stored = "left as they are stored: their annotations have that size, and not the one EXIF says"
+    assert complained.splitlines() == [
+        "training pictures: 3 turned as their EXIF says; their boxes would fit the picture as it is stored, too",
+        f"validation pictures: 1 {stored}",
+        "validation pictures: 1 with damaged EXIF, so not turned (SyntaxError)",
+    ]
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_what_cannot_be_used_is_left_out_and_counted_in_one_line(data, split):
     nan, inf = float("nan"), float("inf")
@@ -113,6 +156,102 @@ def test_validation_pictures_without_any_box_have_no_numbers(data):
     lines = trained(data, "--res", "low")
     assert "2 images (2 without boxes), 0 boxes" in lines["val"]
     assert lines["low"].split()[-6:] == ["-"] * 6
+
+
+def give(data, model):
+    """A checkpoint of a model for the classes of a data set."""
+    content = json.loads(annotation_path(data, "val").read_text())
+    classes = sorted(content["categories"], key=lambda c: c["id"])
+    path = data.parent / "model.pt"
+    checkpoint.save(path, model)
+    stored = torch.load(path, weights_only=True)
+    stored["config"]["classes"] = tuple({"id": c["id"], "name": c["name"]} for c in classes)
+    torch.save(stored, path)
+    return path
+
+
+CPU = ["--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.mark.parametrize("kind, res", [("low", None), ("teacher", None), ("conventional", "low")])
+def test_results_written_to_a_file_are_what_coco_s_own_tools_read(tmp_path, kind, res):
+    """With the ids of the data, hashes among them, and with crowds: the AP that is printed is theirs."""
+    data, path = draw_rectangles(tmp_path / "data", {"val": 6}), tmp_path / "found.json"
+    flags = [
+        "--ckpt",
+        give(data, tiny_model(kind)),
+        "--data",
+        data,
+        "--detections",
+        path,
+        "--json",
+        tmp_path / "a.json",
+    ]
+    flags += ["--device", "cpu", "--precision", "fp32", *(["--res", res] if res else [])]
+
+    def rename(content):
+        content["annotations"].clear()
+        for number, image in enumerate(content["images"]):
+            image["id"] = 2**53 + 7 * (9 - number)
+
+    def annotate(content):  # some of what is found becomes true
+        for number, entry in enumerate(json.loads(path.read_text())[::3]):
+            x, y, w, h = entry["bbox"]
+            box = [x + 0.1 * w, y, w, h]
+            found = {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box, "area": w * h}
+            content["annotations"].append(found | {"id": number + 1, "iscrowd": int(number % 5 == 0)})
+
+    for change in (rename, annotate):
+        edit(data, change, "val")
+        succeed(evaluate, *flags)
+    results = json.loads(path.read_text())
+    assert len(results) > 60
+    assert {tuple(sorted(entry)) for entry in results} == {("bbox", "category_id", "image_id", "score")}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(annotation_path(data, "val"))
+        evaluator = COCOeval(coco, coco.loadRes(str(path)), "bbox")
+        for step in (evaluator.evaluate, evaluator.accumulate, evaluator.summarize):
+            step()
+    assert {entry["image_id"] for entry in results} == set(coco.imgs)
+    branch = res or {"low": "low", "teacher": "fused"}[kind]
+    printed = json.loads((tmp_path / "a.json").read_text())[branch]
+    assert [printed[name] for name in evaluation.METRICS] == pytest.approx(evaluator.stats.tolist(), abs=1e-12)
+    assert 0.1 < evaluator.stats[0] < 0.9
+
+
+def test_every_file_that_can_be_seen_in_a_folder_is_looked_at_or_named(tmp_path):
+    """Whatever it is called: without an ending, in capitals, a picture called a text, a text called a picture."""
+    folder, outside = tmp_path / "folder", tmp_path / "outside.png"
+    folder.mkdir()
+    Image.fromarray(noise(40, 50, 0)).save(outside)
+    kinds = {"IMG_0001": "PNG", "b.JPG": "JPEG", "c.png.bak": "PNG", "d.txt": "PNG", "e.webp": "WEBP", "f.tif": "TIFF"}
+    kinds |= {"g.gif": "GIF", "h.": "BMP", "i.j2k": "JPEG2000", "雪.jfif": "JPEG", "line\nbreak.png": "PNG"}
+    for name, kind in kinds.items():
+        Image.fromarray(noise(40, 50, 1)).save(folder / name, kind)
+    (folder / "link.png").symlink_to(outside)
+    heic = b"\0\0\0\x18ftypheic" + bytes(300)
+    others = {
+        "photo.heic": heic,
+        "note.txt": b"hello",
+        "empty.png": b"",
+        "Thumbs.db": bytes(99),
+        "raw.CR2": b"II*\0" + bytes(99),
+    }
+    for name, content in others.items():
+        (folder / name).write_bytes(content)
+    (folder / ".hidden.png").write_bytes(outside.read_bytes())
+    (folder / "below").mkdir()
+    (folder / "below" / "k.png").write_bytes(outside.read_bytes())
+    checkpoint.save(tmp_path / "model.pt", tiny_model("low"))
+    flags = ["--ckpt", tmp_path / "model.pt", "--images", folder, "--out", tmp_path / "out", *CPU]
+    code, printed, complained = call(evaluate, *flags)
+    lines = complained.splitlines()
+    assert code == 0 and lines[-1] == f"left out: {len(others)} of {len(kinds) + 1 + len(others)} files"
+    named = [line.removeprefix(f"left out: {folder}/").split(": not readable")[0] for line in lines[:-1]]
+    assert named == sorted(others)
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {entry["image_id"] for entry in results} == {*kinds, "link.png"}
+    assert f"{len(results)} detections in {len(kinds) + 1} picture(s)" in printed
 
 
 def declare_a_bomb(path):
@@ -151,6 +290,12 @@ def point_outside(content):
     content["images"][1]["file_name"] = "../annotations/instances_train.json"
 
 
+def as_fractions(content):
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for entry in content["annotations"]:
+        entry["bbox"] = [value / side for value, side in zip(entry["bbox"], 2 * sizes[entry["image_id"]])]
+
+
 SPOILT = {  # the annotation file: a change of its content or new bytes (None: no file), and what the line says
     "no file": (None, "no such file"),
     "empty": (b"", "is empty"),
@@ -158,6 +303,7 @@ SPOILT = {  # the annotation file: a change of its content or new bytes (None: n
     "a name outside the folder": (point_outside, "points outside"),
     "an image id twice": (lambda c: c["images"][0].update(id=2), "id 2 stands for two of images"),
     "a category id twice": (lambda c: c["categories"][0].update(id=7), "id 7 stands for two of categories"),
+    "fractions": (as_fractions, "boxes lie between 0 and 1, as fractions do"),
     "other classes": (lambda c: c["categories"][2].update(name="violet"), "9 violet"),
 }
 

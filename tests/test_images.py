@@ -129,7 +129,7 @@ def test_12_bit_pnm_and_big_endian_files_are_stretched_too(tmp_path):
 
 @pytest.mark.parametrize("kind", ["L", "P", "RGB", "RGBA", "I;16", "I", "F"])
 def test_a_tiff_is_turned_upright_however_it_is_stored(tmp_path, kind):
-    """Pillow maps plain ones of one channel into memory, and would mix up the pixels of those that lie on their side."""
+    """Pillow maps plain ones of one channel into memory, and would mix up the pixels of those on their side."""
     image = Image.fromarray(GREY.astype(np.uint16)) if kind == "I;16" else Image.fromarray(PIXELS).convert(kind)
     image.save(tmp_path / "a.tif")
     upright = read(tmp_path / "a.tif")
@@ -268,7 +268,7 @@ def test_random_damage_to_the_metadata_of_a_jpeg_never_costs_its_pixels(tmp_path
     options = {"icc_profile": profile, "dpi": (72, 72), "comment": b"hello", "quality": 95, "subsampling": 0}
     options["xmp"] = b'<x:xmpmeta><rdf:Description tiff:Orientation="1"/></x:xmpmeta>'
     whole = encoded(Image.fromarray(BLOCKS), "JPEG", exif=exif(TURNED, entry(0x010F, 2, 40, after(2))), **options)
-    several = encoded(Image.fromarray(BLOCKS), "MPO", save_all=True, append_images=[Image.fromarray(BLOCKS)], quality=95)
+    several = encoded(Image.fromarray(BLOCKS), "MPO", save_all=True, append_images=[Image.fromarray(BLOCKS)])
     for _ in range(300):
         content = bytearray(rng.choice((whole, several)))
         first, end = rng.choice(segments(content))
