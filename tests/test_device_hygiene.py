@@ -1,0 +1,213 @@
+"""What CUDA would refuse or wait for, found without a GPU: PyTorch's fake tensors lie on a device "cuda:0" that is not
+there. They have shapes, types and devices, and no values, so mixed devices and reads of values are errors.
+
+Both scripts run as they are, from the command line to the weights' update, in bf16. Replaced are moving a model (its
+parameters are made on the device), the backward pass (autograd asks for the device itself; gradients are made up), the
+one read a step may do, and reading, evaluating and saving. Not seen here: what is in the kernels, and post-processing,
+whose shapes depend on values.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import distill
+import pytest
+import torch
+import train
+from folders import draw_rectangles
+from helpers import tiny_config, tiny_model
+from scripts import TINY, call
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from msad import annotations, checkpoint, distillation, models, processes, run
+from msad.data import Batch
+
+CUDA = torch.device("cuda:0")
+METRICS = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"), 0.5)
+HEADS = ("fcos", "retinanet")
+
+
+class Watch(TorchDispatchMode):
+    """Writes down every copy between devices, and refuses operations on tensors of several devices.
+
+    Fake tensors let single numbers on the CPU pass everywhere; CUDA takes them in arithmetic, but not in `stack`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        fused = function.__name__.startswith("_fused_sgd_")  # has no version for fake tensors, and gives nothing back
+        result = None if fused else function(*arguments, **(keywords or {}))
+        devices_in, devices_out = (
+            [leaf.device.type for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
+            for tree in ((arguments, keywords), result)
+        )
+        filled = function is torch.ops.aten.fill_.Tensor  # a number into a tensor: it travels with the kernel
+        assert len(set(devices_in)) < 2 or filled, f"{function} of tensors on {devices_in}"
+        if len(set(devices_in + devices_out)) > 1 and not filled:
+            self.copies.append(f"{devices_in[0]} to {devices_out[0]}")
+        return result
+
+
+@contextlib.contextmanager
+def fake_cuda(patch):
+    """Tensors are fake within, and models can be moved to the device -> a Watch."""
+    made_up = FakeTensorMode(allow_non_fake_inputs=True)  # what was made before becomes fake, where it lies
+    try:
+        with made_up:
+            torch.empty(1, 3, 2, 2, device=CUDA).contiguous(memory_format=torch.channels_last)
+    except RuntimeError as error:
+        pytest.skip(f"this PyTorch cannot pretend to have a CUDA device: {str(error).splitlines()[0]}")
+    patch.setattr(torch.nn.Module, "to", moved)
+    patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    with made_up, Watch() as watch:
+        yield watch
+
+
+def moved(module, device=None, memory_format=None):
+    """nn.Module.to, which cannot move parameters to a device of another type under fake tensors: makes them anew."""
+    for part in module.modules():
+        for kind, wrap in (("_parameters", torch.nn.Parameter), ("_buffers", lambda tensor: tensor)):
+            for name, tensor in getattr(part, kind).items():
+                if tensor is not None:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device or tensor.device)
+                    layout = memory_format if memory_format and new.dim() == 4 else torch.preserve_format
+                    getattr(part, kind)[name] = wrap(new.clone(memory_format=layout))
+    return module
+
+
+class Read:
+    """What stands for the values that a step reads from the device, in one go."""
+
+    def __init__(self, values):
+        assert values.device == CUDA and values.dim() == 1
+        self.count = len(values)
+
+    def tolist(self):
+        return [0.0] * self.count
+
+
+def batches(settings, low):
+    """Batches without an end, as a loader gives them: on the CPU."""
+    side = 64 if low else 128
+    count = [1 + k % 3 for k in range(settings.batch)]
+    count[0] = 0
+    while True:
+        images = torch.empty(settings.batch, 3, side, side, dtype=torch.uint8)
+        sizes = [(side, side - 9)] * settings.batch
+        boxes, labels = torch.empty(sum(count), 4), torch.empty(sum(count), dtype=torch.long)
+        yield Batch(images, sizes, boxes, labels, count, list(range(settings.batch)), [""] * settings.batch)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with data and an untrained teacher of either head."""
+    folder = tmp_path_factory.mktemp("home")
+    draw_rectangles(folder / "data", {"train": 4, "val": 2})
+    for head in HEADS:
+        config = replace(tiny_config("teacher", head=head), classes=annotations.read(folder / "data", "train").classes)
+        checkpoint.save(folder / f"{head}.pt", models.build(config))
+    return folder
+
+
+def steps(script, patch, out, *flags):
+    """Two steps of a script on the fake device -> the copies between devices in them."""
+    stack, reads, starts, optimized = contextlib.ExitStack(), [], [], []
+
+    def start(settings):
+        settings.precision = "bf16"
+        starts.append(stack.enter_context(fake_cuda(patch)))
+        return CUDA
+
+    def loader(dataset, multiple, settings, first, device):
+        assert device == CUDA
+        starts[0].copies.clear()  # those of the models
+        return batches(settings, bool(dataset.low))
+
+    def backward(loss):
+        assert loss.device == CUDA and loss.requires_grad and loss.dim() == 0
+        for parameter in optimized:
+            assert parameter.device == CUDA
+            parameter.grad = torch.empty_like(parameter)
+
+    def build_optimizer(model, settings):
+        optimized.extend(model.parameters())
+        return run.build_optimizer(model, settings)
+
+    def mean_over_processes(values):
+        reads.append(Read(values))
+        return reads[-1]
+
+    def freeze(teacher):
+        with _disable_current_modes():  # a copy of what was read is no fake
+            return original(teacher)
+
+    original, after = distillation.freeze, run.Run.after
+    fake_results = lambda *_: {branch: METRICS for branch in ("fused", "high", "low")}
+    patch.setattr(script, "start", start)
+    patch.setattr(script, "train_loader", loader)
+    patch.setattr(script, "print_header", lambda *_: None)
+    patch.setattr(torch.Tensor, "backward", backward)
+    patch.setattr(script, "build_optimizer", build_optimizer)
+    patch.setattr(processes, "mean_over_processes", mean_over_processes)  # run's: heads have their own
+    patch.setattr(run, "evaluate_all", fake_results)
+    patch.setattr(run.Run, "save", lambda *_: None)
+    patch.setattr(run.Run, "after", lambda *parts: after(*parts) or parts[1] == 1)
+    if script is distill:
+        patch.setattr(script, "evaluate_all", fake_results)
+        patch.setattr(distillation, "freeze", freeze)
+    with stack:
+        code, _, complained = call(script, *TINY, "--iters", 3, "--optimizer", "sgd", *flags, "--out", out)
+    assert code == run.INTERRUPTED, complained
+    assert len(reads) == 2, "one read a step"
+    return starts[0].copies
+
+
+PARTS = ("--batch", 4, "--accumulate", 2, "--norm", "frozen", "--clip", 0)
+TRAINED = [(), ("--no-align",), ("--res", "high"), ("--res", "low"), PARTS]
+DISTILLED = [(), ("--kd-loss", "pkd", "--downsample", "nearest"), ("--kd", 0), PARTS]
+UPLOADS = 2 * 3 * ["cpu to cuda"]  # of two batches: images, boxes, labels
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("flags", TRAINED, ids=str)
+def test_a_training_step_stays_on_the_device_and_reads_once(home, tmp_path, monkeypatch, head, flags):
+    flags = ["--data", home / "data", "--head", head, *flags]
+    assert steps(train, monkeypatch, tmp_path / "out", *flags) == UPLOADS
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("flags", DISTILLED, ids=str)
+def test_a_distillation_step_stays_on_the_device_and_reads_once(home, tmp_path, monkeypatch, head, flags):
+    flags = ["--data", home / "data", "--head", head, "--teacher", home / f"{head}.pt", *flags]
+    assert steps(distill, monkeypatch, tmp_path / "out", *flags) == UPLOADS
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_detection_stays_on_the_device_until_its_boxes_are_chosen(monkeypatch, kind, head):
+    """Network and decoding; which locations are decoded, and which boxes remain, depends on values."""
+    decoded = []
+
+    def postprocess(model, outputs, branch, *_):
+        tensors = {name: value for name, value in outputs.items() if torch.is_tensor(value)}
+        assert {value.device for value in tensors.values()} == {CUDA}
+        likely = torch.empty(7, dtype=torch.long, device=CUDA)
+        boxes, scores = model.head.decode(outputs | {k: v[0, :7] for k, v in tensors.items()}, likely)
+        assert boxes.shape == (7, 4) and scores.shape == (7, 3) and {boxes.device, scores.device} == {CUDA}
+        decoded.append(branch)
+
+    monkeypatch.setattr(models.Detector, "postprocess", postprocess)
+    model = tiny_model(kind, head=head).folded()
+    with fake_cuda(monkeypatch) as watch:
+        model = model.to(CUDA)
+        images = torch.empty(2, 3, 128, 192, dtype=torch.uint8).to(CUDA)
+        watch.copies.clear()
+        with processes.autocast(CUDA, "bf16"):
+            model.detect_batch(images, [(128, 150), (99, 192)], [(50, 60), (70, 80)], model.branches)
+    assert decoded == list(model.branches) and watch.copies == []
