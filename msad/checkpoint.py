@@ -82,7 +82,7 @@ def read(path, want=None):
     content = read_tensors(path)
     if isinstance(content, dict) and content.get("msad") == FORMAT:
         with blamed(path):
-            content = content | {"config": ModelConfig(**content["config"])}
+            content = {"training": None} | content | {"config": ModelConfig(**content["config"])}
     else:
         content = from_authors(content, path, want)
     kind = content["config"].kind

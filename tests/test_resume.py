@@ -166,8 +166,13 @@ def test_resuming_the_other_script_s_run_is_refused(uninterrupted, script, name)
 
 
 def test_a_model_without_a_run_cannot_be_resumed(uninterrupted, tmp_path):
-    checkpoint.save(tmp_path / "last.pt", checkpoint.load(uninterrupted / "trained" / "last.pt"))
-    assert "holds a model only" in complaint(train, "--resume", "--out", tmp_path)
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, checkpoint.load(uninterrupted / "trained" / "last.pt"))
+    assert f"{path}: holds a model only" in complaint(train, "--resume", "--out", tmp_path)
+    content = torch.load(path, weights_only=True)
+    del content["training"]
+    torch.save(content, path)
+    assert f"{path}: holds a model only" in complaint(train, "--resume", "--out", tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"hello", None])
@@ -206,10 +211,10 @@ def test_resuming_from_a_random_edit_goes_on_or_says_why_not(uninterrupted, tmp_
     rng, outcomes = random.Random(name), Counter()
     content = torch.load(path, weights_only=True)
     content["training"]["done"] = 19
-    for _ in range(50):
+    for _ in range(30):
         changed, where = edited(content, rng)
         torch.save(changed, path)
         code, _, complained = call(script, "--resume", "--out", path.parent, "--data", uninterrupted / "data")
         assert code == 0 or (code == 2 and complained.count("\n") == 1 and complained.startswith("error: ")), where
         outcomes[code] += 1
-    assert min(outcomes[0], outcomes[2]) > 5, outcomes
+    assert min(outcomes[0], outcomes[2]) > 3, outcomes
