@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
-from PIL import Image
 from torch import nn
 
 from msad import models
@@ -201,23 +200,6 @@ def test_the_caller_may_want_the_likeliest_alone():
         assert all(batch["high"][0][key].equal(found[key]) for key in found)
 
 
-def test_pictures_may_be_given_in_many_forms():
-    model = tiny_model("high")
-    pixels = torch.randint(256, (3, 128, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    array, grey = pixels.permute(1, 2, 0).numpy(), pixels[0].numpy()
-    colour = [pixels / 255, pixels, array, array / 255, Image.fromarray(array), (pixels / 255).double()]
-    one = [pixels[:1], grey, grey[..., None], Image.fromarray(grey), pixels[:1].expand(3, -1, -1) / 255]
-    for forms in (colour, one):
-        expected = model.detect([forms[0]])
-        assert len(expected) == 1 and len(expected[0]["scores"]) > 10
-        for form in forms:
-            same_detections(model.detect(form), expected)
-            same_detections(model.detect([form, form]), expected * 2)
-    for nothing in (pixels[:2], pixels.int(), pixels * 1.0, torch.zeros(3, 0, 9), array[0, 0], "a.png", pixels.numpy()):
-        with pytest.raises(ValueError, match="picture"):
-            model.detect([nothing])
-
-
 def test_what_is_likelier_than_the_threshold_is_decoded_and_nothing_else():
     boxes = [[0, 0, 30, 30], [40, 0, 70, 30], [0, 40, 30, 70]]
     model = plant(tiny_model("high"), boxes, [0, 1, 2], [0.051, 0.049, 0.9])
@@ -261,8 +243,8 @@ def test_a_picture_of_nothing_has_no_detections():
 
 
 @pytest.mark.parametrize("head", models.HEADS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_model_of_another_precision_finds_nearly_the_same(dtype, head):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_lower_precision_finds_nearly_the_same(dtype, head):
     picture = torch.randint(256, (3, 100, 140), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     model = tiny_model("low", head=head)
     (expected,), (found,) = model.detect(picture), model.to(dtype).detect(picture)
