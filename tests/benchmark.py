@@ -20,6 +20,7 @@ import benchmark_networks as net
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+
 class Row(NamedTuple):
     """What is measured: two makers of functions to time in turn, or one function that gives two numbers."""
 

@@ -1,5 +1,5 @@
-"""What is drawn: which boxes, where and in what colour, a labelled panel for each branch, the curve of a run; and results
-for anyone's pictures."""
+"""What is drawn: which boxes, where and in what colour, a labelled panel for each branch, the curve of a run; and
+results for anyone's pictures."""
 
 import contextlib
 import io

@@ -10,7 +10,7 @@ import pytest
 import torch
 import train
 from folders import COLORS, draw_rectangles
-from scripts import SHORT, TINY, call, succeed
+from scripts import SHORT, TINY, succeed
 
 from msad import checkpoint, evaluation, models
 from msad.models import Conventional, Detector, Teacher

@@ -1,4 +1,4 @@
-"""Where a setting comes from: what was typed, the teacher's checkpoint, the recipe; and data that is named once only."""
+"""Where settings come from: what was typed, the teacher's checkpoint, the recipe; and data that is named only once."""
 
 import shlex
 import shutil
@@ -39,7 +39,10 @@ def teacher_content(**changes):
     run = ("data", "recipe", "short_sides")
     config = {name: value for name, value in values.items() if name not in (*run, "test_side")}
     stored = settings.COCO | {"iters": 77, "lr": 0.5, "seed": 9} | {name: values[name] for name in run}
-    return {"config": tiny_config("teacher", short_side=values["test_side"], **config), "training": {"settings": stored}}
+    return {
+        "config": tiny_config("teacher", short_side=values["test_side"], **config),
+        "training": {"settings": stored},
+    }
 
 
 def test_a_recipe_is_chosen_by_the_data_unless_it_is_typed():
@@ -74,7 +77,9 @@ def test_what_is_typed_wins_over_what_is_inherited(name):
 
 
 def test_a_teacher_without_a_run_gives_its_network_only():
-    found = settings.settle({"data": "d"}, distill.OWN, settings.inherit(teacher_content() | {"training": None}, "t.pt"))
+    found = settings.settle(
+        {"data": "d"}, distill.OWN, settings.inherit(teacher_content() | {"training": None}, "t.pt")
+    )
     assert (found.data, found.recipe, found.short_sides) == ("d", "coco", settings.COCO["short_sides"])
     assert (found.test_side, found.backbone, found.width) == (320, "resnet101", 0.75)
 
@@ -156,8 +161,8 @@ def test_data_that_has_moved_is_one_line_and_can_be_said(home, tmp_path):
 
 
 SOON = {  # a small recipe that is over soon
-    "short_sides": [128], "test_side": 128, "long_side": 128, "fpn_channels": 32, "head_convs": 1, "iters": 2, "batch": 2,
-    "warmup": 1,
+    "short_sides": [128], "test_side": 128, "long_side": 128, "fpn_channels": 32, "head_convs": 1, "iters": 2,
+    "batch": 2, "warmup": 1,
 }  # fmt: skip
 
 

@@ -16,17 +16,21 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture
 def steps():
-    """[(the groups' learning rates, the parameters' gradients)] of every step that an optimizer makes."""
+    """[(the groups' learning rates, {parameter: gradient})] of every step that an optimizer makes."""
     made = []
 
     def note(optimizer, args, kwargs):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-        made.append(({group["lr"] for group in optimizer.param_groups}, torch.cat([g.flatten() for g in gradients])))
+        rates = {group["lr"] for group in optimizer.param_groups}
+        made.append((rates, {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters}))
 
     handle = register_optimizer_step_pre_hook(note)
     yield made
     handle.remove()
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def logged(out):
@@ -95,11 +99,11 @@ def test_the_gradient_is_clipped_to_its_norm_and_not_beyond(uninterrupted, tmp_p
     script, flags = runs(uninterrupted)[name]
     flags = [*flags, "--iters", 1, "--out", tmp_path / "out", "--clip"]
     succeed(script, *flags, 0)  # no limit
-    whole = steps[0][1]
+    whole = flat(steps[0][1].values())
     norm = whole.norm().item()
     for share, kept in ((1 / 3, 1 / 3), (3, 1)):
         succeed(script, *flags, share * norm)
-        clipped = steps[-1][1]
+        clipped = flat(steps[-1][1].values())
         assert clipped.norm().item() == pytest.approx(kept * norm, rel=1e-4)
         torch.testing.assert_close(clipped, kept * whole, rtol=1e-4, atol=1e-7)
 
@@ -112,3 +116,38 @@ def test_every_step_has_its_iteration_s_learning_rate(uninterrupted, tmp_path, s
     expected = [0.01 * share for share in (*first, 1, 1, 1, 1, 0.1, 0.1, 0.01)]
     assert [rate for rates, _ in steps for rate in rates] == pytest.approx(expected)
     assert [entry["lr"] for entry in logged(tmp_path / "out")] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["trained", "distilled"])
+def test_a_batch_in_parts_has_the_mean_of_their_losses_and_gradients(uninterrupted, tmp_path, monkeypatch, steps, name):
+    script, flags = runs(uninterrupted)[name]
+    losses, parts = models.Detector.losses, []
+
+    def noted(model, outputs, boxes, labels):
+        found = losses(model, outputs, boxes, labels)
+        loss, parameters = sum(found["low"].values()), list(model.parameters())
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        parts.append((len(boxes), loss.item(), dict(zip(parameters, gradients))))
+        return found
+
+    monkeypatch.setattr(models.Detector, "losses", noted)
+    parted = ["--batch", 6, "--accumulate", 3, "--clip", 0, "--iters", 1]  # no distance yet in the first iteration
+    succeed(script, *flags, *parted, "--out", tmp_path / "out")
+    assert [count for count, _, _ in parts] == [2, 2, 2]
+    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(sum(loss for _, loss, _ in parts) / 3, rel=1e-5)
+    ((_, made),) = steps
+    for parameter, gradient in made.items():
+        mean = sum(gradients[parameter] for _, _, gradients in parts) / 3
+        assert (gradient - mean).abs().max() <= 1e-5 * flat(made.values()).abs().max()
+
+
+@pytest.mark.parametrize("name", ["trained", "distilled"])
+def test_frozen_norms_keep_the_statistics_that_they_start_with(uninterrupted, tmp_path, name):
+    script, flags = runs(uninterrupted)[name]
+    statistics = {}
+    for norm, iters in (("sync", 1), ("sync", 2), ("frozen", 1), ("frozen", 2)):
+        succeed(script, *flags, "--norm", norm, "--iters", iters, "--out", tmp_path / "out")
+        tensors = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["model"]
+        statistics[norm, iters] = flat(tensor for key, tensor in tensors.items() if "running" in key)
+    assert not statistics["sync", 1].equal(statistics["sync", 2])
+    assert statistics["frozen", 1].equal(statistics["frozen", 2])

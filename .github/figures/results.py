@@ -70,7 +70,7 @@ def read(runs):
 
 
 def mean_and(spread, values, form):
-    """"86.2 ± 0.6", with the number of seeds where they are fewer than three; "" without values, "-" for nothing."""
+    """ "86.2 ± 0.6", with the number of seeds where they are fewer than three; "" without values, "-" for nothing."""
     if not values or min(values) == -100:
         return "-" if values else ""
     text = format(statistics.mean(values), form)
