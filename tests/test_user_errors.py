@@ -1,9 +1,7 @@
 """What a user can get wrong on the command line: exit code 2 and one line that names it, never a traceback."""
 
 import json
-import os
 import shutil
-import signal
 
 import distill
 import evaluate
@@ -12,7 +10,6 @@ import train
 from folders import annotation_path, draw_rectangles
 from scripts import TINY, call, complaint, start, succeed
 
-from msad import data
 from msad.files import InputError
 
 DATA_ERRORS = {
@@ -77,12 +74,6 @@ def test_a_place_where_the_shapes_cannot_be_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").write_text("a file in the way")
     assert complaint(train, *TINY).startswith("error: data/shapes: cannot be written")
-
-
-def test_a_worker_that_dies_is_an_error_of_one_line(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    line = complaint(train, *TINY, "--data", home / "data", "--out", tmp_path / "out", "--workers", 1)
-    assert "--workers" in line
 
 
 def test_distilling_needs_a_teacher_that_fits(home, tmp_path):
