@@ -39,6 +39,9 @@ def entries(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+RUNNING = []
+
+
 class Process:
     """A script in a fork of this process, which is there at once; what it writes goes to a file.
 
@@ -48,9 +51,11 @@ class Process:
     def __init__(self, folder, script, *flags, change=lambda: None, **environment):
         self.output = Path(folder) / "output"
         self.output.touch()
+        self.ended = False
         self.id = os.fork()
         if self.id == 0:
             self.work(script, flags, change, environment)
+        RUNNING.append(self)
 
     def work(self, script, flags, change, environment):
         code = 99
@@ -82,19 +87,31 @@ class Process:
     def end(self, patience=120):
         """Its exit code and the lines it wrote. A process that hangs is killed after some patience."""
         limit = time.monotonic() + patience
-        while not (ended := os.waitpid(self.id, os.WNOHANG))[0]:
-            if time.monotonic() > limit:
-                self.kill()
-                raise AssertionError(f"it hangs: {self.output.read_text()}")
+        while not (found := os.waitpid(self.id, os.WNOHANG))[0]:
+            assert time.monotonic() < limit, f"it hangs: {self.output.read_text()}"
             time.sleep(0.005)
-        return os.waitstatus_to_exitcode(ended[1]), self.output.read_text().splitlines()
+        self.ended = True
+        return os.waitstatus_to_exitcode(found[1]), self.output.read_text().splitlines()
 
-    def kill(self, workers=True):
+    def kill(self):
+        """End it at once, but not its workers, which would notice some seconds later."""
         os.kill(self.id, signal.SIGKILL)
         os.waitpid(self.id, 0)
-        if workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.id, signal.SIGKILL)
+        self.ended = True
+
+    def clean_up(self):
+        """End it and its workers, if any of them still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.id, signal.SIGKILL)
+        if not self.ended:
+            os.waitpid(self.id, 0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    while RUNNING:
+        RUNNING.pop().clean_up()
 
 
 def pausing(folder, step=6):
@@ -339,7 +356,7 @@ def test_a_run_that_ended_in_any_way_leaves_its_folder_to_the_next_at_once(unint
     first = Process(tmp_path, script, *flags, change=pausing(tmp_path))
     first.wait_until((tmp_path / "waits").exists)
     if number == signal.SIGKILL:
-        first.kill(workers=False)  # these live on for some seconds
+        first.kill()
     else:
         os.kill(first.id, number)
         (tmp_path / "go").touch()
@@ -347,8 +364,6 @@ def test_a_run_that_ended_in_any_way_leaves_its_folder_to_the_next_at_once(unint
     assert done(out) in (4, 6)
     succeed(script, *flags, "--resume", "--workers", 0)
     assert_same_run(out, uninterrupted / "trained")
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(first.id, signal.SIGKILL)
 
 
 # Workers.
