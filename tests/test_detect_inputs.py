@@ -225,7 +225,7 @@ class LargestFloats(TorchDispatchMode):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_large_picture_is_not_turned_into_floats_before_it_is_reduced(reader):
-    array = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8)
+    array = np.random.default_rng(0).integers(0, 256, (1000, 1200, 3), np.uint8)
     model, grey = READERS[reader], np.ascontiguousarray(array[..., 0])
     for form in (array, torch.from_numpy(array).permute(2, 0, 1), Image.fromarray(array), grey, Image.fromarray(grey)):
         with LargestFloats() as noted:
