@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import distill
@@ -20,13 +21,17 @@ import train
 from folders import draw_rectangles
 from helpers import randomize, tiny_config, tiny_model
 from scripts import LONG, ROOT, TINY, assert_same_run, wait_for_lines
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from msad import annotations, checkpoint, distillation, evaluation, models, processes
-from msad.data import CocoDataset
+from msad import annotations, checkpoint, distillation, evaluation, models, processes, settings
+from msad.data import CocoDataset, train_loader
 from msad.files import InputError
 from msad.fusion import LOSS_WEIGHTS
+from msad.run import build_optimizer
 
 SHORT = [*TINY, "--iters", "2"]
+# Images of one size, so that no part is padded: GroupNorm would see it.
+PARTS = [*SHORT, "--batch", 8, "--accumulate", 2, "--norm", "frozen", "--clip", 0, "--short-sides", 64]
 # Boxes per image: unequal over the two processes, and all of them in the first.
 COUNTS = {"unequal": (3, 0, 1, 7), "one side": (2, 4, 0, 0)}
 
@@ -56,13 +61,17 @@ def gradients(kind, head, counts, rank=0, count=1):
         images = images[:, :, ::2, ::2]
     pyramids, outputs = network(images[mine])
     losses = model.losses(outputs, boxes[mine], labels[mine])
-    loss = sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
+    loss = weighted(losses)
     if kind == "low":
         shapes = [(len(counts), *level.shape[1:]) for level in pyramids["low"]]
         fused = [torch.arange(math.prod(shape)).sin().view(shape)[mine] for shape in shapes]
         loss = loss + distillation.WEIGHT * distillation.pyramid_l1(pyramids["low"], fused)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+def weighted(losses):
+    return sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
 
 
 CASES = [("teacher", "fcos", counts) for counts in COUNTS]
@@ -114,6 +123,20 @@ def interrupt(found):
     return found
 
 
+def first_step(*flags):
+    """The weights with which train.py begins, and the gradients of its first step."""
+    found = []
+
+    def note(optimizer, *_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found.append([[p.detach().clone(), p.grad.clone()] for p in parameters])
+
+    handle = register_optimizer_step_pre_hook(note)
+    outcome(train, *flags)
+    handle.remove()
+    return found[0]
+
+
 def work(folder):
     """What each of the two processes does."""
     processes.start("cpu")
@@ -133,7 +156,10 @@ def work(folder):
         "too small": outcome(train, *SHORT, *data, "--out", folder / "none", "--batch", 1),
         "not finite": outcome_of_an_accident(spoil, *low, "--out", folder / "spoilt"),
         "stopped": outcome_of_an_accident(interrupt, *low, "--out", folder / "stopped"),
+        "local norms": outcome(train, *SHORT, *data, "--out", folder / "local", "--norm", "local"),
+        "uneven parts": outcome(train, *SHORT, *data, "--out", folder / "none", "--batch", 6, "--accumulate", 2),
     }
+    torch.save(first_step(*PARTS, "--data", folder / "square", "--out", folder / "parts"), folder / f"parts{rank}.pt")
     (folder / f"found{rank}.json").write_text(json.dumps(found))
     outcome(train, *LONG, *data, "--res", "low", "--batch", 4, "--out", folder / "whole")
     torch.distributed.destroy_process_group()
@@ -153,6 +179,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     draw_rectangles(folder / "data", {"train": 8, "val": 5}, sides=(49, 90))
     draw_rectangles(folder / "one", {"val": 1}, sides=(49, 90))
+    draw_rectangles(folder / "square", {"train": 8, "val": 1}, sides=(64, 64))
     job = torchrun(__file__, folder, cwd=folder)
     printed, complained = job.communicate()
     assert job.returncode == 0, complained[:1500]
@@ -227,6 +254,32 @@ def test_a_signal_to_one_process_stops_both_after_the_same_iteration(two):
     assert checkpoint.read(two / "stopped" / "last.pt")["training"]["done"] == 2
     command = f"python train.py --resume --out {two}/stopped"
     assert (two / "printed").read_text().count(f"stopped after 2 iterations; go on with: {command}\n") == 1
+
+
+def test_two_processes_that_take_a_batch_in_parts_have_the_mean_of_their_joint_parts(two):
+    parts = [torch.load(two / f"parts{rank}.pt") for rank in (0, 1)]
+    model = checkpoint.restore(checkpoint.read(two / "parts" / "last.pt"), "parts")  # in eval mode: BatchNorm is frozen
+    groups = build_optimizer(model, Namespace(**settings.SMALL)).param_groups
+    parameters = [p for group in groups for p in group["params"]]
+    with torch.no_grad():
+        for parameter, (weight, _) in zip(parameters, parts[0], strict=True):
+            parameter.copy_(weight)
+    dataset = CocoDataset(annotations.read(two / "square", "train"), (64,), 128, flip=True)
+    batch = next(train_loader(dataset, 64, Namespace(batch=8, seed=0, workers=0), 0, torch.device("cpu"))).to("cpu")
+    assert batch.images.shape == (8, 3, 64, 64)
+    for joint in ([0, 1, 4, 5], [2, 3, 6, 7]):  # the first and the second half of each process's four images
+        _, outputs = model(model.normalize(batch.images[joint], [(64, 64)] * 4))
+        losses = model.losses(outputs, [batch.boxes[i] for i in joint], [batch.labels[i] for i in joint])
+        (weighted(losses) / 2).backward()
+    for parameter, (_, one), (_, other) in zip(parameters, *parts):
+        assert one.equal(other)
+        assert (one - parameter.grad).abs().max() <= 2e-5 * parameter.grad.abs().max()
+
+
+def test_norms_of_each_process_s_own_and_parts_that_do_not_divide_a_batch(two):
+    assert outcomes(two, "local norms") == [None, None]
+    assert checkpoint.read(two / "local" / "last.pt")["training"]["settings"]["norm"] == "local"
+    assert outcomes(two, "uneven parts") == 2 * ["--accumulate 2: times 2 processes it must divide --batch"]
 
 
 def test_a_killed_process_ends_the_job_and_the_run_resumes_to_the_same_bits(two, tmp_path):
