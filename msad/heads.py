@@ -58,7 +58,7 @@ def initialize_outputs(logits, *others):
 
 def flatten_cells(x, channels):
     """A level's map (N,A*channels,h,w) -> (N,h*w*A,channels): row by row, anchors of a cell side by side."""
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1, channels)
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels)  # len(x) is no symbol in an export
 
 
 def find_objects(labels, classes):

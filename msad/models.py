@@ -73,13 +73,13 @@ class Detector(nn.Module):
     def normalize(self, images, sizes):
         """Padded RGB images (N,3,H,W), uint8 or float in 0-1, and their sizes [(h,w)] -> network input.
 
-        The padding becomes 0, the mean colour.
+        The padding becomes 0, the mean colour. Where there is none, `sizes` may be empty.
         """
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         x = ((x - self.mean) / self.std).to(self.mean.dtype)
-        for image, (height, width) in zip(x, sizes):
-            image[:, height:] = 0
-            image[:, :, width:] = 0
+        for number, (height, width) in enumerate(sizes):
+            x[number, :, height:] = 0
+            x[number, :, :, width:] = 0
         return x.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images):
