@@ -13,7 +13,6 @@ from pathlib import Path
 
 import distill
 import evaluate
-import msad
 import pytest
 import torch
 import train
@@ -60,9 +59,8 @@ def step(kind, head, norm, device, rank=0, count=1):
 
 
 def assert_close(found, wanted, share):
-    """Every tensor, up to a share of its own largest value."""
     assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+    for name, value in wanted.items():  # each up to a share of its own largest value
         assert (found[name] - value).abs().max() <= share * value.abs().max(), name
 
 
@@ -153,7 +151,7 @@ def test_nan_stops_a_run_whose_checkpoint_goes_on_on_either_device(device, data,
     path = tmp_path / "out" / "last.pt"
     content, saved = path.read_bytes(), checkpoint.read(path)
     assert saved["training"]["done"] == 2 and not any(tensor.is_cuda for tensor in saved["model"].values())
-    assert len(msad.load(path).detect([torch.rand(3, 60, 90)])) == 1
+    assert len(checkpoint.load(path).detect([torch.rand(3, 60, 90)])) == 1
     for name in ("cpu", "cuda"):
         path.write_bytes(content)
         succeed(train, "--resume", "--out", tmp_path / "out", "--device", name)
@@ -163,14 +161,13 @@ def test_nan_stops_a_run_whose_checkpoint_goes_on_on_either_device(device, data,
 def test_a_teacher_and_its_student_are_trained_and_evaluated(device, data, tmp_path):
     """In the device's own precision; evaluate.py finds what the log says."""
     teacher, student = tmp_path / "teacher", tmp_path / "student"
-    printed = succeed(train, *SMALL, "--data", data, "--out", teacher)
-    assert torch.cuda.get_device_name() in printed
+    assert torch.cuda.get_device_name() in succeed(train, *SMALL, "--data", data, "--out", teacher)
     succeed(distill, *SMALL, "--teacher", teacher / "last.pt", "--out", student)
     trained, distilled = ([json.loads(line) for line in (out / "log.jsonl").open()] for out in (teacher, student))
     assert trained[-4]["loss"] < 0.8 * trained[0]["loss"], "before the results of three branches"
     succeed(evaluate, "--ckpt", student / "last.pt", "--device", "cuda", "--json", tmp_path / "numbers.json")
-    found = json.loads((tmp_path / "numbers.json").read_text())["low"]["AP"]
-    assert found == pytest.approx(distilled[-1]["AP"], abs=0.02)
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert found["low"]["AP"] == pytest.approx(distilled[-1]["AP"], abs=0.02)
 
 
 @pytest.mark.parametrize("count", [1, 2])
