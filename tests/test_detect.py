@@ -19,13 +19,13 @@ KINDS_AND_BRANCHES = [
 class PlantedHead(nn.Module):
     """Finds the same in every image: per level boxes (R,4), in the pixels a head decodes to, and scores (R,K)."""
 
-    anchors = 1
     nms_threshold = 0.6
 
-    def __init__(self, *levels):
+    def __init__(self, *levels, anchors=1):
         super().__init__()
         levels = list(levels) + [(torch.zeros(0, 4), torch.zeros(0, 3))] * (5 - len(levels))
-        self.cells = [(len(boxes), 1) for boxes, _ in levels]
+        self.anchors = anchors
+        self.cells = [(len(boxes) // anchors, 1) for boxes, _ in levels]
         self.boxes, self.scores = (torch.cat(part) for part in zip(*levels))
         self.logits = torch.where(self.scores > 0, 5.0, -9.0)
 
@@ -159,8 +159,9 @@ def tiles(count, left):
     return torch.tensor([(x, y, x + 4, y + 4) for x, y in corners])
 
 
+@pytest.mark.parametrize("anchors", [1, 10])
 @pytest.mark.parametrize("absent, candidates", [(500, 1100), (650, 950)])
-def test_each_level_has_at_most_a_thousand_candidates(absent, candidates):
+def test_each_level_has_at_most_a_thousand_candidates(absent, candidates, anchors):
     torch.manual_seed(0)
     # 800 locations and two classes are 1600 candidates, some of them out of the question.
     first, second, third = torch.rand(800, 3), torch.rand(50, 3) / 100 + 0.001, torch.rand(20, 3) / 2000
@@ -169,7 +170,7 @@ def test_each_level_has_at_most_a_thousand_candidates(absent, candidates):
     assert (first > 0).sum() == candidates
     model = tiny_model("high")
     levels = (tiles(800, 0).float(), first), (tiles(50, 120).float(), second), (tiles(20, 160).float(), third)
-    model.head = PlantedHead(*levels)
+    model.head = PlantedHead(*levels, anchors=anchors)
     (found,) = model.detect([torch.rand(3, 128, 192)], resize=False, max_detections=10**6)
     best = first.flatten().sort(descending=True).values[: min(candidates, 1000)]
     # However low their scores, those of other levels stay.
