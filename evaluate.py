@@ -113,9 +113,12 @@ def data_of(args, content):
     """The data to evaluate on: what was typed, else what the checkpoint was trained on; "" stands for drawn shapes."""
     if args.data is not None:
         return args.data
+    if content["training"] is None:
+        raise InputError(f"{args.ckpt}: does not say what it was trained on; give --data DIR")
     with blamed(args.ckpt):
-        folder = str((content["training"] or {}).get("settings", {}).get("data", ""))
-    if folder and not Path(folder).is_dir():
+        folder = content["training"]["settings"]["data"]
+        moved = folder and not Path(folder).is_dir()
+    if moved:
         raise InputError(f"{folder}: no such folder; {args.ckpt} was trained on it: say with --data where it is now")
     return folder
 

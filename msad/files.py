@@ -85,7 +85,7 @@ def decode(path):
     try:
         image.load()
     except OSError:
-        if image.format != "JPEG":
+        if image.format != "JPEG" or image.info.get("progressive"):  # of scans, any number of which may be missing
             raise
         # It may lack nothing but the mark at its end. Then no bytes before that mark change a pixel.
         data = Path(path).read_bytes().rstrip(b"\xff")
