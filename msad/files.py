@@ -59,7 +59,7 @@ def read_image(path, size=None, remarks=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
-            image = decode(path)
+            image = decode(path, remarks)
             orientation = read_orientation(image, remarks)
         pixels = to_rgb(image)
     except Exception as error:  # PIL answers damaged files with almost any exception
@@ -78,20 +78,21 @@ def read_image(path, size=None, remarks=None):
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
-def decode(path):
+def decode(path, remarks):
     """A picture file -> PIL image, its pixels loaded."""
     image = Image.open(path)
     image.filename = ""  # with a name, Pillow maps some files into memory, and mixes up TIFFs that lie on their side
     try:
         image.load()
     except OSError:
-        if image.format != "JPEG" or image.info.get("progressive"):  # of scans, any number of which may be missing
+        if image.format != "JPEG":
             raise
         # It may lack nothing but the mark at its end. Then no bytes before that mark change a pixel.
         data = Path(path).read_bytes().rstrip(b"\xff")
         image, other = (Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in (b"", b"\x5a\xa5" * 99))
         if not np.array_equal(np.array(image), np.array(other)):
             raise
+        remarks.append("without the mark at the end of their file, so perhaps not in their full quality")
     return image
 
 
