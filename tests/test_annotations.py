@@ -132,13 +132,15 @@ def test_ids_are_whole_numbers_of_any_size(tmp_path, first):
     assert [c["id"] for c in read.classes] == [first, first + 5, first + 10]
 
 
-def test_a_whole_number_may_be_written_with_a_point(tmp_path):
+@pytest.mark.parametrize("factor", [1, 2**55])
+def test_a_whole_number_may_be_written_with_a_point(tmp_path, factor):
     content = random_content(6)
-    expected = plainly(content)
+    expected = {number * factor: boxes for number, boxes in plainly(content).items()}
     for entry in content["images"] + content["categories"]:
-        entry["id"] = float(entry["id"])
-    for entry in content["annotations"][::2]:
-        entry["image_id"], entry["category_id"] = float(entry["image_id"]), float(entry["category_id"])
+        entry["id"] = float(entry["id"] * factor)
+    for number, entry in enumerate(content["annotations"]):
+        kind = (int, float)[number % 2]
+        entry |= {key: kind(entry[key] * factor) for key in ("image_id", "category_id")}
     write(tmp_path, content)
     assert packed(annotations.read(tmp_path, "train")) == expected
 
@@ -397,6 +399,9 @@ RIGHT = {
     "the upper left corner, larger than its place": boxes_written(lambda x, y, X, Y, w, h: (1, 1, w / 2, h / 2)),
     "a little outside all around": boxes_written(lambda x, y, X, Y, w, h: (x - 3, y - 3, X - x + 6, Y - y + 6)),
     "far outside, now and then": boxes_written(lambda x, y, X, Y, w, h: (x, y, X - x + w * ((x + y) % 10 == 0), Y - y)),
+    "far outside, mostly": boxes_written(
+        lambda x, y, X, Y, w, h: (0.3 * w, 0.3 * h, 0.9 * w, 0.9 * h) if (x + y) % 5 < 3 else (0.8 * w, 0.8 * h, 5, 5)
+    ),
     "around the whole image": boxes_written(lambda x, y, X, Y, w, h: (-0.2 * w, -0.2 * h, 1.4 * w, 1.4 * h)),
     "half of a pixel, some": boxes_written(lambda *box: (0, 0, 0.5, 0.5) if sum(box[:2]) % 3 == 0 else plain(*box)),
 }  # fmt: skip

@@ -102,6 +102,7 @@ def assert_stretched(path, values):
     assert np.abs(read(path) - exact).max() <= 0.5 + 1e-4
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("kind", DEPTHS)
 def test_more_than_8_bits_are_stretched_to_the_whole_range(tmp_path, kind):
     values = DEPTHS[kind]
@@ -289,6 +290,9 @@ def test_a_png_with_large_texts_and_a_large_profile_is_read(tmp_path, zipped):
     info = PngImagePlugin.PngInfo()
     info.add_text("one", noise.decode(), zip=zipped)
     info.add_itxt("two", "é" * 2_000_000, zip=zipped)
+    if zipped:
+        for name in ("three", "four"):
+            info.add_text(name, "x" * 35_000_000, zip=True)
     profile = bytes(1_500_000) + noise[:1_500_000]
     Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=info, icc_profile=profile)
     assert (read(tmp_path / "a.png") == PIXELS).all()
