@@ -4,6 +4,8 @@ Every row measures ours and its peer in turn in one process and compares medians
 torchvision's detectors. ResNet-50, 256 channels, 80 classes, 512x768, all layers training, batches of 2 in training and
 1 in inference, fp32, unless the row says otherwise. "of best" is ours beside the best 3x3 convolution (256 -> 256) of
 the same precision, measured in the same turns. Run it on a machine that does nothing else.
+
+--device cuda measures the rows of benchmark_cuda.py instead; --device cpu with a small --size tries these out.
 """
 
 import argparse
@@ -15,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import benchmark_cuda as cuda
 import benchmark_data as data
 import benchmark_networks as net
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from msad import processes
 
 
 class Row(NamedTuple):
@@ -86,20 +90,13 @@ def alternate(functions, runs):
     return [statistics.median(column) for column in zip(*times)]
 
 
-def gmacs(function):
-    """10^9 multiply-accumulates of one call, counted by PyTorch."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops() / 2e9
-
-
 def measure(row, runs):
     """One row: {"name", "ours", "peer", "ratio", "limit"}, and for networks "gmacs", "rate" and "of_best"."""
     if row.peer is None:
         ours, peer = row.ours()
         return compared(row.name, ours, peer, row.limit)
     ours, peer = row.ours(), row.peer()
-    work = gmacs(ours)
+    work = net.gmacs(ours)
     convolutions = [convolution(row.precision, *shape) for shape in CONVOLUTIONS]
     a, b, *others = alternate([ours, peer, *(run for run, _ in convolutions)], runs)
     best = max(work / time for time, (_, work) in zip(others, convolutions))
@@ -117,29 +114,45 @@ def show(row):
     print(text + ("" if row["ratio"] <= row["limit"] else "   over"), flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="turns (default: 5)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
-    args = parser.parse_args()
-    chosen = [row for row in ROWS if args.only in row.name]
-    if not chosen:
-        sys.exit(f"no row's name contains {args.only!r}")
+def write(path, results):
+    if not results:
+        sys.exit("no row has that in its name")
+    if path:
+        Path(path).write_text(json.dumps(results, indent=1))
+
+
+def measure_all(only, runs):
+    """Print all rows whose name contains `only` -> them, as a list of dicts."""
+    chosen = [row for row in ROWS if only in row.name]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'':50} {'ours':>9} {'peer':>9} {'ratio':>6} {'limit':>6} {'GMACs':>8} {'GMAC/s':>7} {'of best':>7}")
     results = []
     for row in chosen:
-        new = [measure(row, args.runs)]
+        new = [measure(row, runs)]
         if row.name.startswith("teacher step / one"):
             best, rate = new[0]["best_rate"], new[0]["rate"]
             new.append(compared("GMAC/s: best convolution / that teacher step", best, rate, 1 / 0.70))
         for result in new:
             show(result)
         results += new
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="turns (default: 5)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
+    parser.add_argument("--device", default="", choices=("cuda", "cpu"), help="measure the other rows, on this device")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[800, 1333], metavar="N", help="of these: height and width"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 8, 16], metavar="N", help="of these: batch sizes")
+    args = parser.parse_args()
+    if args.device:
+        return write(args.json, cuda.main(args.device, args.size, args.batches, args.only, args.runs))
+    return write(args.json, measure_all(args.only, args.runs))
 
 
 if __name__ == "__main__":
-    main()
+    processes.run_script(main)

@@ -15,18 +15,19 @@ from pathlib import Path
 import torch
 import torchvision
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msad import align, distillation, models, processes
+from msad.data import pad_to_multiple
 from msad.fusion import LOSS_WEIGHTS
 from msad.models import ModelConfig
 from msad.run import build_optimizer, check_finite, set_learning_rate
 from msad.settings import COCO
 
-HEIGHT, WIDTH = 512, 768
+HEIGHT, WIDTH, DEVICE = 512, 768, torch.device("cpu")  # benchmark_cuda.py sets its own
 CLASSES = tuple({"id": k + 1, "name": str(k)} for k in range(80))
-CPU = torch.device("cpu")
 
 
 def config(kind, **changes):
@@ -37,11 +38,12 @@ def pictures(batch, low=False, scale=1.0, boxes=100):
     """uint8 images and, in pixels of the full size, boxes and labels."""
     torch.manual_seed(0)
     height, width = int(HEIGHT * scale), int(WIDTH * scale)
-    sides = (height // 2, width // 2) if low else (height, width)
+    sides = (-(-height // 2), -(-width // 2)) if low else (height, width)
     images = torch.randint(0, 256, (batch, 3, *sides), dtype=torch.uint8)
     corner = torch.rand(batch, boxes, 2) * torch.tensor([width / 2, height / 2])
     side = 8 * 32 ** torch.rand(batch, boxes, 2)  # 8 to 256 pixels, log-uniform
-    return images, list(torch.cat([corner, corner + side], dim=2)), list(torch.randint(0, 80, (batch, boxes)))
+    boxes, labels = torch.cat([corner, corner + side], dim=2), torch.randint(0, 80, (batch, boxes))
+    return images.to(DEVICE), list(boxes.to(DEVICE)), list(labels.to(DEVICE))
 
 
 def make_update(model):
@@ -49,11 +51,12 @@ def make_update(model):
     settings = Namespace(**COCO)
     optimizer = build_optimizer(model, settings)
 
-    def update(loss):
+    def update(loss, read):
         optimizer.zero_grad()
         loss.backward()
         gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
-        check_finite(1, {"loss": loss.item(), "gradient": gradient.item()})
+        if read:
+            check_finite(1, dict(zip(("loss", "gradient"), torch.stack([loss.detach(), gradient]).tolist())))
         set_learning_rate(optimizer, settings, 1)
         optimizer.step()
 
@@ -61,49 +64,57 @@ def make_update(model):
 
 
 def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
-    """A training step as train.py makes it, from uint8 images to updated weights."""
-    model = models.build(config(kind, head=head)).train()
+    """A training step as train.py makes it, from uint8 images to updated weights. With `read=False` it leaves out the
+    look at its numbers, for which it waits for the device."""
+    model = models.build(config(kind, head=head)).to(DEVICE).train()
     update = make_update(model)
     images, boxes, labels = pictures(batch, kind == "low", scale)
-    autocast = processes.autocast(CPU, precision)
+    padded, sizes = pad_to_multiple(list(images), model.multiple), [tuple(images.shape[-2:])] * batch
+    autocast = processes.autocast(DEVICE, precision)
 
-    def step():
+    def step(read=True):
         with autocast:
-            _, outputs = model(model.normalize(images, [tuple(images.shape[-2:])] * batch))
+            _, outputs = model(model.normalize(padded, sizes))
         losses = model.losses(outputs, boxes, labels)
-        update(sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values()))
+        update(sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values()), read)
 
     return step
 
 
-def our_distillation(batch=2):
+def our_distillation(head="fcos", batch=2, precision="fp32"):
     """A step as distill.py makes it: the frozen teacher's fused pyramid, the student forward and backward."""
-    teacher = distillation.freeze(models.build(config("teacher")))
-    student = models.build(config("low")).train()
+    teacher = distillation.freeze(models.build(config("teacher", head=head))).to(DEVICE)
+    student = models.build(config("low", head=head)).to(DEVICE).train()
     update = make_update(student)
     images, boxes, labels = pictures(batch)
+    padded, sizes = pad_to_multiple(list(images), teacher.multiple), [tuple(images.shape[-2:])] * batch
+    autocast = processes.autocast(DEVICE, precision)
 
-    def step():
-        high = student.normalize(images, [(HEIGHT, WIDTH)] * batch)
-        pyramids, outputs = student(align.downsample(high))
+    def step(read=True):
+        high = student.normalize(padded, sizes)
+        with autocast:
+            pyramids, outputs = student(align.downsample(high))
         losses = student.losses(outputs, boxes, labels)
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             fused = teacher.pyramids(high, ["fused"])["fused"]
         distance = distillation.pyramid_l1(pyramids["low"], fused)
-        update(sum(losses["low"].values()) + distillation.WEIGHT * distance)
+        update(sum(losses["low"].values()) + distillation.WEIGHT * distance, read)
 
     return step
 
 
-def our_inference(precision="fp32", **changes):
-    """One low-resolution image to boxes."""
-    model = models.build(config("low", **changes)).folded()
-    image = pictures(1, low=True)[0][0].float() / 255
-    autocast = processes.autocast(CPU, precision)
+def our_inference(precision="fp32", network=False, **changes):
+    """One low-resolution image to boxes, or with `network` to the head's outputs only."""
+    model = models.build(config("low", **changes)).folded().to(DEVICE)
+    image = pictures(1, low=True)[0][0]
+    padded, autocast = pad_to_multiple([image], model.multiple), processes.autocast(DEVICE, precision)
 
     def run():
-        with autocast:
-            model.detect([image], resize=False)
+        with torch.no_grad(), autocast:
+            if network:
+                model.predict(model.pyramids(model.normalize(padded, [tuple(image.shape[-2:])])))
+            else:
+                model.detect([image], resize=False)
 
     return run
 
@@ -111,18 +122,21 @@ def our_inference(precision="fp32", **changes):
 def peer(head="fcos"):
     """torchvision's detector. Its own resizing finds the images at their size already."""
     make = getattr(torchvision.models.detection, f"{head}_resnet50_fpn")
-    return make(weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH)
+    model = make(weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH)
+    return model.to(DEVICE)
 
 
-def peer_step(head="fcos", batch=2):
+def peer_step(head="fcos", batch=2, precision="fp32"):
     model = peer(head).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     images, boxes, labels = pictures(batch)
     images = [image.float() / 255 for image in images]
     targets = [{"boxes": b, "labels": l} for b, l in zip(boxes, labels)]
+    autocast = processes.autocast(DEVICE, precision)
 
     def step():
-        losses = model(images, targets)
+        with autocast:
+            losses = model(images, targets)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         optimizer.step()
@@ -130,15 +144,23 @@ def peer_step(head="fcos", batch=2):
     return step
 
 
-def peer_inference():
-    model = peer().eval()
+def peer_inference(head="fcos", precision="fp32"):
+    model = peer(head).eval()
     image = pictures(1)[0][0].float() / 255
+    autocast = processes.autocast(DEVICE, precision)
 
     def run():
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             model([image])
 
     return run
+
+
+def gmacs(function):
+    """10^9 multiply-accumulates of one call, counted by PyTorch."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 2e9
 
 
 def median(function, runs=7):
