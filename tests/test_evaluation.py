@@ -189,10 +189,10 @@ def test_evaluating_and_counting_leave_the_model_as_it_was(tmp_path, training):
 
 
 def test_the_table_shows_percent_and_a_dash_for_nothing():
-    metrics = dict.fromkeys(evaluation.METRICS, 0.1234) | {"APs": -1.0, "APl": 1.0}
+    metrics = dict.fromkeys(evaluation.METRICS, 0.1234) | {"AP75": 0.0, "APs": -1.0, "APl": 1.0}
     head, row = evaluation.table({"student @ low": metrics}).split("\n")
     assert head.split() == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
-    assert row.split() == ["student", "@", "low", "12.3", "12.3", "12.3", "-", "12.3", "100.0"]
+    assert row.split() == ["student", "@", "low", "12.3", "12.3", "0.0", "-", "12.3", "100.0"]
 
 
 # Cost.
