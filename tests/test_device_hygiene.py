@@ -8,7 +8,11 @@ whose shapes depend on values.
 """
 
 import contextlib
+import os
+import shlex
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import distill
 import pytest
@@ -16,7 +20,8 @@ import torch
 import train
 from folders import draw_rectangles
 from helpers import tiny_config, tiny_model
-from scripts import TINY, call
+from scripts import ROOT, TINY, call
+from test_readme import parse
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -211,3 +216,21 @@ def test_detection_stays_on_the_device_until_its_boxes_are_chosen(monkeypatch, k
         with processes.autocast(CUDA, "bf16"):
             model.detect_batch(images, [(128, 150), (99, 192)], [(50, 60), (70, 80)], model.branches)
     assert decoded == list(model.branches) and watch.copies == []
+
+
+def test_the_script_for_a_gpu_makes_calls_that_the_scripts_understand(tmp_path):
+    """A stand-in for Python writes down how it is called; the last call of all fails."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> calls\ncase "$*" in *get_device*) echo 2;; *coco*) exit 3;; esac\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [ROOT / ".github" / "cuda.sh", "/data/coco"]
+    job = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert job.returncode == 1 and "\n1 failed, " in (tmp_path / "cuda-report.txt").read_text()
+    assert (tmp_path / "cuda-report.txt").read_text() in job.stdout
+    calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("/")]
+    paths, flags = zip(*((Path(path).relative_to(ROOT), flags) for path, *flags in calls))
+    assert list(map(str, paths)) == ["tests/benchmark.py", "train.py", "distill.py", "evaluate.py", "train.py"]
+    for path, own in list(zip(paths, flags))[1:]:
+        parse(shlex.join([path.name, *own]))
+    assert flags[-1][flags[-1].index("--accumulate") + 1] == "2" and "runs/cuda/teacher/last.pt" in flags[2]
