@@ -13,7 +13,7 @@ run() {  # seconds it may take, the command. SIGTERM, after which a training run
     local limit=$1 began=$SECONDS code=0
     shift
     printf '\n$ %s\n' "${*//$repo\//}"
-    timeout --kill-after=60 "$limit" "$@" || code=$?
+    timeout --foreground --kill-after=60 "$limit" "$@" || code=$?
     echo "exit code $code after $((SECONDS - began)) s"
     [ "$code" = 0 ] || [ "$code-${2##*/}" = 124-train.py ] || [ "$code-${2##*/}" = 124-distill.py ] || ((++failed))
 }
