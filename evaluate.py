@@ -4,6 +4,7 @@
     python evaluate.py --ckpt runs/teacher/last.pt --res fused  one branch of a teacher: fused, high or low
     python evaluate.py --ckpt runs/student/last.pt --teacher runs/teacher/last.pt --draw    and pictures of both
     python evaluate.py --ckpt runs/student/last.pt --images FILE_OR_FOLDER --draw           without annotations
+    python evaluate.py --ckpt runs/student/last.pt --export student.pt2    a network that runs without this package
 
 --detections FILE and --images write COCO's result format: a list of {"image_id": as in the data's annotations; of
 --images the file's name, which is "file_name" too; "category_id": as in the data the checkpoint was trained on; "bbox":
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from msad import checkpoint, evaluation, pictures, processes
+from msad import checkpoint, evaluation, export, pictures, processes
 from msad.annotations import check_classes
 from msad.data import CocoDataset, open_data
 from msad.files import InputError, blamed, writing
@@ -25,13 +26,14 @@ def parse():
     parser = processes.Parser(__doc__, usage="%(prog)s --ckpt FILE [flags]")
     add = parser.add_argument_group("what is read").add_argument
     add("--ckpt", required=True, metavar="FILE", help="the checkpoint")
-    add("--res", default="", choices=("fused", "high", "low"), help="the branch [all it has; with --images the first]")
+    add("--res", default="", choices=("fused", "high", "low"), help="the branch [all; --images, --export: the first]")
     add("--data", default=None, metavar="DIR", help="folder in COCO layout [the one the checkpoint was trained on]")
     add("--images", default="", metavar="PATH", help="instead of --data: a picture, or a folder of pictures")
     add = parser.add_argument_group("what is written").add_argument
     add("--per-class", action="store_true", default=False, help="also print each class's AP")
     add("--json", default="", metavar="FILE", help="write the numbers, from 0 to 1, and the cost to a file")
     add("--detections", default="", metavar="FILE", help="write what is found to a file, of one branch (see --res)")
+    add("--export", default="", metavar="FILE", help="write the network to a .pt2 or .onnx file, and evaluate nothing")
     add("--draw", nargs="?", type=int, const=8, default=0, metavar="N", help="draw N pictures (8), or all of --images")
     add("--teacher", default="", metavar="FILE", help="with --draw: a teacher's checkpoint, to be drawn beside --ckpt")
     add("--threshold", type=float, default=pictures.THRESHOLD, metavar="X", help="lowest score drawn [0.4]")
@@ -40,7 +42,7 @@ def parse():
     add("--batch", type=int, default=8, metavar="N", help="images at a time [8]")
     add("--workers", type=int, default=0, metavar="N", help="processes that read images [0]")
     add("--device", default="", metavar="X", help="cuda or cpu [CUDA where there is one]")
-    add("--precision", default="", choices=("fp32", "bf16"), help="[bf16 where the device has it]")
+    add("--precision", default="", choices=("fp32", "bf16"), help="[bf16 where the device has it; with --export fp32]")
     return parser.parse_args()
 
 
@@ -57,7 +59,11 @@ def main():
     if args.res and args.res not in model.branches:
         has = ", ".join(model.branches)
         raise InputError(f"--res {args.res}: {args.ckpt} is a model of kind {model.config.kind}, which has {has}")
-    branches = [args.res] if args.res else list(model.branches[:1]) if args.images else sorted(model.branches)
+    branches = [args.res] if args.res else sorted(model.branches)
+    if not args.res and (args.images or args.export):
+        branches = list(model.branches[:1])
+    if args.export:
+        return export_network(args, model, branches[0]) if processes.is_main() else None
     columns = pictures.readings(model.config.kind, model, branches)
     if args.teacher:
         teacher = checkpoint.load(args.teacher, device, want="teacher")
@@ -105,6 +111,9 @@ def check(args):
     for name in ("data", "json", "detections", "per_class"):
         if args.images and getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')}: of no use with --images, where nothing is annotated")
+    for name in ("data", "images", "json", "detections", "per_class", "draw"):
+        if args.export and getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')}: of no use with --export, which looks at no picture")
     if args.teacher and not args.draw:
         raise InputError("--teacher: is drawn beside the checkpoint; add --draw")
 
@@ -153,6 +162,12 @@ def write_json(path, content, indent=None):
     with writing(path, "choose another place"):
         Path(path).write_text(json.dumps(content, indent=indent))
     print(f"written to {path}")
+
+
+def export_network(args, model, branch):
+    """Write a branch of the model to a file that needs no checkpoint, and tell what that file takes."""
+    takes = export.save(args.export, model, branch, args.precision or "fp32")
+    print(f"written to {args.export}: {model.config.kind} @ {branch}; {takes}")
 
 
 def look_at_images(args, model, columns, out, autocast):

@@ -1,0 +1,110 @@
+"""A model to a file that runs without this package: FILE.pt2 for PyTorch alone, FILE.onnx for onnxruntime and others.
+
+The exported network takes `images`, uint8 RGB (N,3,h,w): any number of pictures of one size, at the size that the model
+reads. It gives `boxes` (N,R,4) in their pixels, not clipped to them, and `scores` (N,R,K), 0 where the class is below
+the threshold; boxes without any score are 0. Normalisation, padding to the model's multiple and decoding are inside.
+What remains for the caller, resizing, NMS and scaling back, is shown in the README; what it takes is in the file as
+JSON (see `describe`), under NOTES in a .pt2's extra files or an .onnx's metadata.
+"""
+
+import importlib.util
+import io
+import json
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import processes
+from .files import InputError, writing
+from .heads import SCORE_THRESHOLD
+from .models import DETECTIONS_PER_IMAGE
+
+NOTES = "msad.json"
+OPSET = 20
+INPUTS, OUTPUTS = ["images"], ["boxes", "scores"]
+SAMPLE = (2, 3, 300, 500)  # to trace with; no two sides alike and no map of one cell, so that none is taken for fixed
+
+
+class Exported(nn.Module):
+    """A model for inference, read from one branch at a precision: pixels to boxes and scores."""
+
+    def __init__(self, model, branch, precision="fp32"):
+        super().__init__()
+        self.model = model.folded().cpu().requires_grad_(False)
+        self.branch = branch
+        self.autocast = processes.autocast(torch.device("cpu"), precision)
+
+    def forward(self, images):
+        model = self.model
+        height, width = images.shape[-2:]
+        x = F.pad(model.normalize(images, []), (0, -width % model.multiple, 0, -height % model.multiple))
+        with self.autocast:
+            outputs = model.head(model.pyramids(x, [self.branch])[self.branch])
+        boxes, scores = model.head.decode(outputs, slice(None))
+        found = scores.amax(-1, keepdim=True) > 0
+        return torch.where(found, boxes / model.frame_scales[self.branch], 0.0), scores
+
+
+def save(path, model, branch, precision="fp32"):
+    """Write a model, read from a branch, to a .pt2 or .onnx file -> one line on what it takes. Raises InputError."""
+    suffix = Path(path).suffix
+    if suffix not in (".pt2", ".onnx"):
+        raise InputError(f"--export {path}: must end in .pt2 or .onnx")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if suffix == ".onnx" and missing:
+        raise InputError(f"--export {path}: needs {' and '.join(missing)}; pip install onnx onnxscript, or give a .pt2")
+    if suffix == ".onnx" and precision != "fp32":
+        raise InputError(f"--precision {precision}: onnxruntime computes in fp32 on a CPU; export to a .pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights in channels_last, which are saved as they should be
+        program = trace(Exported(model, branch, precision).eval())
+        notes = json.dumps(describe(model, branch))
+        content = to_onnx(program, notes) if suffix == ".onnx" else to_pt2(program, notes)
+    with writing(path):
+        Path(path).write_bytes(content)
+    opset = f", opset {OPSET}" if suffix == ".onnx" else ""
+    return f"images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,{len(model.config.classes)}){opset}"
+
+
+def describe(model, branch):
+    """What a caller of the exported network needs to know. Sides and `scale` are as in ModelConfig and Detector: the
+    input is the picture fitted to the sides and divided by the scale."""
+    config = model.config
+    about = {"kind": config.kind, "branch": branch, "classes": config.classes, "multiple": model.multiple}
+    about |= {"short_side": config.short_side, "long_side": config.long_side}
+    about |= {"scale": model.scale, "downsample": model.low_input, "score_threshold": SCORE_THRESHOLD}
+    return about | {"nms_iou": model.head.nms_threshold, "detections": DETECTIONS_PER_IMAGE}
+
+
+@torch.no_grad()
+def trace(network):
+    """The network as PyTorch's graph, for any number of pictures of any size."""
+    free = {dim: torch.export.Dim.DYNAMIC for dim in (0, 2, 3)}
+    images = torch.zeros(SAMPLE, dtype=torch.uint8)
+    program = torch.export.export(
+        network, (images,), dynamic_shapes=(free,), prefer_deferred_runtime_asserts_over_guards=True
+    )
+    # Its assertions would refuse small pictures, where a map has a single cell. The arithmetic is the same there.
+    graph = program.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def to_pt2(program, notes):
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={NOTES: notes})
+    return file.getvalue()
+
+
+def to_onnx(program, notes):
+    exported = torch.onnx.export(
+        program, input_names=INPUTS, output_names=OUTPUTS, opset_version=OPSET, dynamo=True, verbose=False
+    )
+    exported.model.metadata_props[NOTES] = notes
+    return exported.model_proto.SerializeToString()
