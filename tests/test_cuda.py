@@ -108,7 +108,7 @@ def test_a_step_waits_only_where_it_reads_its_numbers(device, data, tmp_path, mo
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", models.KINDS)
-def test_detect_finds_what_it_finds_on_the_cpu_and_waits_four_times_an_image(device, kind, head):
+def test_detect_finds_what_it_finds_on_the_cpu_and_waits_at_most_nine_times_an_image(device, kind, head):
     """All but one in a hundred: rounding may turn an overlap or a score that is nearly at its threshold."""
     pictures = torch.rand(3, 3, 90, 128, generator=torch.Generator().manual_seed(0))
     here, there = (tiny_model(kind, head=head).to(d).folded() for d in ("cpu", device))
@@ -118,7 +118,7 @@ def test_detect_finds_what_it_finds_on_the_cpu_and_waits_four_times_an_image(dev
         found = there.detect(pictures)
         torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in noticed if "synchronizing CUDA" in str(warning.message)]
-    assert len(waits) <= 4 * len(pictures) + 1, "the batch is uploaded in one go"
+    assert len(waits) <= (4 + 5) * len(pictures) + 1, "5 levels of too many candidates; the upload of the batch"
     for one, other in zip(found, here.detect(pictures)):
         one = {name: value.cpu() for name, value in one.items()}
         same = (one["labels"][:, None] == other["labels"]) & (box_iou(one["boxes"], other["boxes"]) > 0.99)
