@@ -78,9 +78,11 @@ class Process:
             sys.stderr.flush()
             os._exit(code)
 
-    def wait_until(self, happened):
-        """Until something happened; an error if the process ends before."""
+    def wait_until(self, happened, patience=60):
+        """Until something happened; an error if the process ends before, or after some patience."""
+        limit = time.monotonic() + patience
         while not happened():
+            assert time.monotonic() < limit, f"it hangs: {self.output.read_text()}"
             assert os.waitid(os.P_PID, self.id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, self.output.read_text()
             time.sleep(0.005)
 
