@@ -83,6 +83,9 @@ def test_one_picture_several_and_whole_batches():
         same_detections(model.detect(two), [one, one])
     mixed = model.detect([SMALL, other, Image.fromarray(SMALL), other.double().numpy().transpose(1, 2, 0)])
     same_detections(mixed, [one, *model.detect(other)] * 2)
+    together = model.detect([SMALL, SMALL / 255, SMALL])  # in one batch
+    for found, alone in zip(together, (SMALL, SMALL / 255, SMALL)):
+        same_detections([found], model.detect(alone))
     grey = tensor[:1]
     same_detections(model.detect(torch.stack([grey, grey])), 2 * model.detect(SMALL[..., 0]))
     for nothing in ([], (), torch.zeros(0, 3, 40, 40), np.zeros((0, 40, 40, 3), np.uint8), iter([])):

@@ -333,6 +333,8 @@ def listing(folder):
 def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path):
     script, flags = runs(uninterrupted)["trained"]
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "log.jsonl").write_text("an earlier run's")
     first = Process(tmp_path, script, *flags, "--out", out, change=pausing(tmp_path))
     first.wait_until((tmp_path / "waits").exists)
     before = listing(out)
@@ -347,7 +349,7 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path
     (tmp_path / "go").touch()
     assert first.end()[0] == 0
     assert_same_run(out, uninterrupted / "trained")
-    assert sorted(listing(out)) == ["curve.png", "last.pt", "log.jsonl", "sheet.jpg"]
+    assert sorted(listing(out)) == ["curve.png", "last.pt", "log.1.jsonl", "log.jsonl", "sheet.jpg"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
