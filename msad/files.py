@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 try:
     import fcntl
@@ -80,7 +80,14 @@ def read_image(path, size=None, remarks=None):
 
 def decode(path, remarks):
     """A picture file -> PIL image, its pixels loaded."""
-    image = Image.open(path)
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:  # also of a JPEG whose metadata are damaged, by some versions of Pillow
+        data = Path(path).read_bytes()
+        if not data.startswith(b"\xff\xd8"):
+            raise
+        image = Image.open(io.BytesIO(strip_metadata(data)))
+        remarks.append("with damaged metadata, so not turned")
     image.filename = ""  # with a name, Pillow maps some files into memory, and mixes up TIFFs that lie on their side
     try:
         image.load()
@@ -94,6 +101,17 @@ def decode(path, remarks):
             raise
         remarks.append("without the mark at the end of their file, so perhaps not in their full quality")
     return image
+
+
+def strip_metadata(data):
+    """The bytes of a JPEG without the segments that no pixel needs: EXIF, profiles, lists of pictures, comments."""
+    kept, at = data[:2], 2
+    while data[at : at + 1] == b"\xff" and data[at + 1] != 0xDA:  # until the pixels begin
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] not in (*range(0xE1, 0xEE), 0xEF, 0xFE):
+            kept += data[at:end]
+        at = end
+    return kept + data[at:]
 
 
 def read_orientation(image, remarks):

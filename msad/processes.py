@@ -12,7 +12,7 @@ from .files import InputError
 
 
 # Memory of sizes that vary from batch to batch is not kept in pieces that fit no other.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 PATIENCE = datetime.timedelta(hours=1)  # until a process that waits for the others gives up: as long as an evaluation
 TORCHRUN = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets beside RANK
 
