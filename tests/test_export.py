@@ -1,0 +1,224 @@
+"""Exported networks: the notes' lines run with them, and find what the model itself finds."""
+
+import json
+import re
+import subprocess
+import sys
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from folders import noise
+from helpers import CLASSES, tiny_model
+from PIL import Image
+from scripts import ROOT, complaint, succeed
+
+from msad import checkpoint, processes
+
+SIZES = ((90, 150), (300, 200))  # height, width of pictures that are enlarged, and shrunk
+CASES = [
+    ("fcos", "low", "low"), ("fcos", "high", "high"), ("fcos", "conventional", "low"), ("retinanet", "low", "low"),
+    ("retinanet", "teacher", "fused"),
+]  # fmt: skip
+
+
+def notes_lines():
+    """The notes' imports, what loads a .pt2, what finds objects in a picture, and what loads an .onnx."""
+    text = (ROOT / ".github" / "NOTES.md").read_text()
+    first, onnx = re.findall(r"```python\n((?:from fractions|session =).*?)```", text, re.S)
+    imports, load, find = first.split("\n\n")
+    assert len(find.splitlines()) <= 10 and len(load.splitlines()) <= 2
+    return imports, load, find, onnx
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A function that writes a tiny model with evaluate.py -> the folded model and the folder of the file."""
+    done = {}
+
+    def run(head, kind, branch, suffix, *flags):
+        key = (head, kind, branch, suffix, *flags)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("exported")
+            model = tiny_model(kind, head=head)
+            model.head.cls_logits.weight.data /= 5  # else many scores are 1.0, and equal scores have no order
+            checkpoint.save(folder / "last.pt", model)
+            ask = [] if branch == model.branches[0] else ["--res", branch]
+            file = folder / f"student{suffix}"
+            printed = succeed(evaluate, "--ckpt", folder / "last.pt", "--export", file, *ask, *flags)
+            assert f"{kind} @ {branch}; images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,3)" in printed
+            done[key] = model.folded(), folder
+        return done[key]
+
+    return run
+
+
+def picture(size, seed):
+    """Blocks of noise: smooth enough that two ways of resizing nearly agree, and every model finds something."""
+    height, width = size
+    blocks = Image.fromarray(noise(height // 10, width // 10, seed, 0, 256))
+    return blocks.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def loaded_by_notes(suffix):
+    """What the notes' imports and the lines that load a file leave behind, run in the current folder."""
+    imports, load, _, load_onnx = notes_lines()
+    names = {}
+    exec(imports, names)
+    if suffix == ".onnx":
+        names["onnxruntime"] = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    exec(load_onnx if suffix == ".onnx" else load, names)
+    return names
+
+
+def found_by_notes(loaded, size, seed, **others):
+    """What the notes' lines for a picture leave behind. `others` stand in for what was loaded."""
+    picture(size, seed).save("picture.png")
+    names = loaded | others
+    exec(notes_lines()[2], names)
+    return names
+
+
+def rows(detections):
+    """Detections as rows in which all numbers that may differ a little are comparable, and labels are far apart."""
+    columns = detections["boxes"], detections["scores"][:, None], 1e4 * detections["labels"][:, None]
+    return torch.cat(columns, dim=1).double()
+
+
+def assert_same(found, expected, tolerance):
+    """The same boxes, scores and labels, whatever the order of near ties. Boxes outside the picture have no area."""
+    inside = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)
+    ours, theirs = rows({key: found[key][inside] for key in ("boxes", "scores", "labels")}), rows(expected)
+    assert len(ours) == len(theirs) > 10
+    difference = (ours[:, None] - theirs[None]).abs().amax(-1)
+    assert difference.amin(0).max() < tolerance and difference.amin(1).max() < tolerance
+
+
+def expected_of(model, branch, names):
+    """What the model finds in the pixels that the notes' lines made, in the picture's own."""
+    (expected,) = model.detect(names["pixels"][0], branch, resize=False)
+    scale = torch.tensor(names["picture"].size) / torch.tensor(names["size"])
+    return expected | {"boxes": expected["boxes"] * scale.repeat(2)}
+
+
+@pytest.mark.parametrize("head, kind, branch", CASES)
+def test_the_notes_s_lines_find_what_the_model_finds(export, monkeypatch, head, kind, branch):
+    model, folder = export(head, kind, branch, ".pt2")
+    monkeypatch.chdir(folder)
+    loaded = loaded_by_notes(".pt2")
+    for size in SIZES:
+        several = [found_by_notes(loaded, size, seed) for seed in range(3)]
+        for names in several:
+            # Not a pixel differs where Pillow resizes for both, and hardly one where PyTorch does for the model.
+            resized = model.resized(torch.from_numpy(np.array(names["picture"])).permute(2, 0, 1))
+            difference = (names["pixels"][0].int() - resized.int()).abs()
+            assert difference.max() <= (0 if kind == "low" and size == SIZES[1] else 2)
+            assert (difference > 0).float().mean() < 0.02
+            assert_same(names, expected_of(model, branch, names), 1e-4)
+        # Three pictures at once, by kernels that round otherwise.
+        boxes, scores = loaded["network"](torch.cat([names["pixels"] for names in several]))
+        together = found_by_notes(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
+        assert_same(together, expected_of(model, branch, several[2]), 1e-3)
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_onnxruntime_finds_the_same(export, monkeypatch, head):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    model, folder = export(head, "low", "low", ".onnx")
+    monkeypatch.chdir(folder)
+    loaded = loaded_by_notes(".onnx")
+    for size in SIZES:
+        several = [found_by_notes(loaded, size, seed) for seed in range(3)]
+        for names in several:
+            assert_same(names, expected_of(model, "low", names), 0.01)
+        boxes, scores = loaded["network"](torch.cat([names["pixels"] for names in several]))
+        together = found_by_notes(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
+        assert_same(together, expected_of(model, "low", several[2]), 0.01)
+    session = loaded["session"]
+    assert [(i.name, i.type) for i in session.get_inputs()] == [("images", "tensor(uint8)")]
+    assert [o.name for o in session.get_outputs()] == ["boxes", "scores"]
+    content = pytest.importorskip("onnx").load("student.onnx")
+    assert [(o.domain, o.version) for o in content.opset_import] == [("", 20)]
+    assert [path.name for path in folder.glob("*.onnx*")] == ["student.onnx"]  # weights and all
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 200), (257, 64)])
+def test_pictures_may_be_as_small_as_one_pixel(export, size):
+    """Where a map of the pyramid has one cell only, PyTorch would have the export refuse the picture."""
+    model, folder = export("fcos", "low", "low", ".pt2")
+    images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes, scores = torch.export.load(folder / "student.pt2").module()(images)
+    padded = torch.zeros(2, 3, *model.padded_size(size), dtype=torch.uint8)
+    padded[:, :, : size[0], : size[1]] = images
+    with torch.no_grad():
+        outputs = model.predict(model.pyramids(model.normalize(padded, [size] * 2)))["low"]
+        decoded, expected = model.head.decode(outputs, torch.arange(boxes.shape[1]))
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    found = (expected > 0).any(-1)
+    assert found.sum() > 10 and (boxes[~found] == 0).all()
+    torch.testing.assert_close(2 * boxes[found], decoded[found], rtol=1e-4, atol=1e-3)
+
+
+ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(["msad", "torchvision", "PIL", "pycocotools"]))  # importing any of these fails
+import torch
+images = torch.load("images.pt")
+boxes, scores = torch.export.load("student.pt2").module()(images)
+assert not boxes.requires_grad and sys.modules["msad"] is None
+torch.save((boxes, scores), "alone.pt")
+"""
+
+
+def test_pytorch_alone_runs_the_file(export):
+    _, folder = export("fcos", "low", "low", ".pt2")
+    images = torch.randint(256, (3, 3, 70, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.save(images, folder / "images.pt")
+    subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=folder, check=True)
+    expected = torch.export.load(folder / "student.pt2").module()(images)
+    for one, other in zip(torch.load(folder / "alone.pt"), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("head, kind, branch", [CASES[0], CASES[4]])
+def test_what_a_caller_needs_to_know_is_in_the_file(export, head, kind, branch):
+    model, folder = export(head, kind, branch, ".pt2")
+    files = {"msad.json": ""}
+    torch.export.load(folder / "student.pt2", extra_files=files)
+    low = kind == "low"
+    assert json.loads(files["msad.json"]) == {
+        "kind": kind, "branch": branch, "classes": list(CLASSES), "short_side": 128, "long_side": 256,
+        "scale": 2 if low else 1, "multiple": 32 if low else 64, "downsample": "area" if low else "",
+        "score_threshold": 0.05, "nms_iou": 0.6 if head == "fcos" else 0.5, "detections": 100,
+    }  # fmt: skip
+
+
+def test_bf16_is_exported_as_the_model_computes_it(export):
+    model, folder = export("fcos", "low", "low", ".pt2", "--precision", "bf16")
+    image = torch.from_numpy(np.array(picture((64, 96), 0))).permute(2, 0, 1)
+    boxes, scores = torch.export.load(folder / "student.pt2").module()(image[None])
+    with processes.autocast(torch.device("cpu"), "bf16"), torch.no_grad():
+        outputs = model.predict(model.pyramids(model.normalize(image[None], [(64, 96)])))["low"]
+        assert outputs["logits"].bfloat16().float().equal(outputs["logits"])
+    decoded, expected = model.head.decode(outputs, torch.arange(boxes.shape[1]))
+    assert scores.equal(expected) and (scores > 0).sum() > 10
+    assert (2 * boxes).equal(torch.where((scores > 0).any(-1, keepdim=True), decoded, 0.0))
+
+
+def test_what_cannot_be_exported_is_said_in_one_line(export, monkeypatch):
+    _, folder = export("fcos", "low", "low", ".pt2")
+    flags = ["--ckpt", folder / "last.pt", "--export"]
+    assert "must end in .pt2 or .onnx" in complaint(evaluate, *flags, folder / "student.pth")
+    assert "nothing/student.pt2: cannot be written" in complaint(evaluate, *flags, folder / "nothing" / "student.pt2")
+    assert "--res fused" in complaint(evaluate, *flags, folder / "a.pt2", "--res", "fused")
+    for others in (["--images", folder], ["--data", folder], ["--draw"], ["--json", "a.json"], ["--per-class"]):
+        assert f"{others[0]}: of no use with --export" in complaint(evaluate, *flags, folder / "a.pt2", *others)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    line = complaint(evaluate, *flags, folder / "a.onnx")
+    assert "onnxscript; pip install onnx onnxscript" in line
+    for package in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, sys)
+    assert "--precision bf16" in complaint(evaluate, *flags, folder / "a.onnx", "--precision", "bf16")
+    assert not list(folder.glob("a.*"))
