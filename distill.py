@@ -70,7 +70,8 @@ def main():
     print_table(rows)
     kept = {"teacher": results, "teacher_checksum": checksum}
     run = Run("distill.py", out, log, settings, student, optimizer, low_set, autocast, saved, **kept)
-    batches = run.timed(train_loader(training_set, settings.pad, settings, run.start, device))  # padded as H: L is made of it
+    # Padded as H, of which L is made here.
+    batches = run.timed(train_loader(training_set, settings.pad, settings, run.start, device))
     processes.set_training(student, settings.norm)
 
     with run:

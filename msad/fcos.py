@@ -1,4 +1,4 @@
-"""The FCOS head. The detector calls four methods on plain tensors, the same for every branch (FCOS, ICCV 2019, with its later improvements).
+"""The FCOS head (FCOS, ICCV 2019, with its later improvements). The detector calls four methods on plain tensors:
 
 forward   five maps -> logits, distances, centerness, levels concatenated here and nowhere else
 assign    boxes -> one target per location, once per batch, whichever branch is trained
