@@ -180,7 +180,7 @@ def look_at_images(args, model, columns, out, autocast):
         if args.draw:
             try:
                 pictures.save(pictures.strip(image, seen, model.config.classes, args.threshold), out, number, path)
-            except (InputError, OSError, ValueError) as error:  # what was found must not be lost for it
+            except Exception as error:  # whatever it is, what was found must not be lost for it
                 failed.append(str(error))
     results = [e | {"file_name": e["image_id"]} for e in coco_results(found, names, model.config.classes)]
     write_json(out / "detections.json", results)
