@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that one CUDA device can tell, in less than 20 minutes, into cuda-report.txt, to be pasted into an issue:
-# what machine this is, the tests that need a device, speed and memory beside torchvision's, the README's first commands,
-# and, where a folder in COCO's layout is given, two minutes of COCO's recipe on it.
+# what machine this is, the tests that need a device, speed and memory beside torchvision's, the README's first
+# commands, and, where a folder in COCO's layout is given, two minutes of COCO's recipe on it.
 #     .github/cuda.sh [DATA]
 # What fails or takes too long is told, and the rest goes on.
 set -uo pipefail

@@ -1,6 +1,6 @@
 """On a CUDA device everything is what it is on the CPU, in fp32 up to rounding, and a step waits for the device once.
 
-Skipped without a device; test_device_hygiene.py sees what can be seen without one. torchrun starts this file as a script.
+Skipped without one; test_device_hygiene.py sees what can be seen without. torchrun starts this file as a script.
 """
 
 import json
