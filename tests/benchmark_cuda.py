@@ -2,9 +2,9 @@
 
 ResNet-50, 80 classes, bf16, pictures of 800x1333 that lie on the device already, all layers training. "ms" is the
 median time of a call until the device has done all of it, "host" the time in which the host has asked for it: where
-both are equal, the host is what limits. For "host" a training step leaves out the look at its numbers. "GiB" is PyTorch's
-peak of memory allocated, and reserved. "TFLOP/s" counts a multiply-accumulate of convolutions and matrix products as
-two. "ratio" is ms to those of torchvision's detector of one high resolution with the same head and batch.
+both are equal, the host is what limits. For "host" a training step leaves out the look at its numbers. "GiB" is
+PyTorch's peak of memory allocated, and reserved. "TFLOP/s" counts a multiply-accumulate of convolutions and matrix
+products as two. "ratio" is ms to those of torchvision's detector of one high resolution with the same head and batch.
 """
 
 import statistics
