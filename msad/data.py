@@ -273,6 +273,6 @@ def tell_remarks(batches, name, images):
 
 
 def leave_signals(worker):
-    """Ctrl-C reaches a whole process group: the main process alone decides what it means."""
+    """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

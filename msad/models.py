@@ -11,6 +11,7 @@ targets -> scalars). A user calls `detect`.
 
 import copy
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -94,7 +95,7 @@ class Detector(nn.Module):
 
     def pyramid(self, images, levels):
         """Normalised images (N,3,h,w) -> the maps of five levels."""
-        if self.training and images[:, 0].numel() <= SMALLEST:
+        if self.backbone.bn1.training and images[:, 0].numel() <= SMALLEST:
             size = "x".join(map(str, images.shape[2:]))
             raise InputError(f"one image of {size} is too little for BatchNorm; raise --batch or --short-sides")
         return self.fpn(self.backbone(images), levels)
@@ -271,12 +272,14 @@ def build(config):
 
 
 def best_of_levels(scores, location, locations_per_level):
-    """Scores (S,) of candidates at locations (S,) of all levels -> the indices of each level's best candidates."""
+    """Scores (S,) of candidates at locations (S,), in ascending order over all levels -> the indices of each level's
+    best candidates. It waits for the device once, for how many there are on each level."""
+    ends = [(location < end).sum() for end in accumulate(locations_per_level)]
     best, first = [], 0
-    for count in locations_per_level:
-        (own,) = ((location >= first) & (location < first + count)).nonzero(as_tuple=True)
+    for end in torch.stack(ends).tolist():
+        own = torch.arange(first, end, device=scores.device)
         if len(own) > CANDIDATES_PER_LEVEL:
             own = own[scores[own].topk(CANDIDATES_PER_LEVEL).indices]
         best.append(own)
-        first += count
+        first = end
     return torch.cat(best)

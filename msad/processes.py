@@ -145,9 +145,11 @@ def parallel(model, norm):
     cuda = next(model.parameters()).is_cuda
     if norm == "sync" and cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # Buffers, BatchNorm's running statistics, differ between processes only where each has its own.
-    own = norm == "local" or norm == "sync" and not cuda
-    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=own, gradient_as_bucket_view=True)
+    network = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Buffers, BatchNorm's running statistics, differ between processes only where each has its own. As an argument
+    # this is deprecated, and its successor is not in every version.
+    network.broadcast_buffers = norm == "local" or norm == "sync" and not cuda
+    return network
 
 
 def set_training(model, norm):

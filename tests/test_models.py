@@ -7,7 +7,7 @@ from helpers import tiny_config, tiny_model, total
 from torch import nn
 
 import msad
-from msad import align, annotations, checkpoint, distillation, evaluation, heads, models
+from msad import align, annotations, checkpoint, distillation, evaluation, heads, models, processes
 from msad.data import CocoDataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -122,6 +122,9 @@ def test_one_image_of_the_smallest_size_cannot_be_trained_on():
         with pytest.raises(msad.InputError, match="one image of 3[12]x3[23] is too little for BatchNorm"):
             tiny_model("low").train()(images)
     tiny_model("low").train()(torch.randn(2, 3, 32, 32)), tiny_model("low")(torch.randn(1, 3, 32, 32))
+    frozen = tiny_model("low")
+    processes.set_training(frozen, "frozen")
+    frozen(torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("kind", ["teacher", "conventional", "low"])

@@ -507,9 +507,9 @@ SAVING, NOT_SAVING = "stopping after this iteration, then saving ...", "stopping
 def test_the_first_ctrl_c_says_at_once_what_it_will_do(uninterrupted, tmp_path, number):
     script, flags = runs(uninterrupted)["trained"]
     out = tmp_path / "out"
-    process = Process(tmp_path, script, *flags, "--out", out, change=pausing(tmp_path))
+    process = Process(tmp_path, script, *flags, "--workers", 1, "--out", out, change=pausing(tmp_path))
     process.wait_until((tmp_path / "waits").exists)
-    os.kill(process.id, number)
+    os.killpg(process.id, number)  # a terminal's Ctrl-C and a cluster's SIGTERM reach the workers too
     process.wait_until(lambda: SAVING in process.output.read_text())  # in the middle of an iteration
     assert not (tmp_path / "go").exists() and done(out) == 4
     (tmp_path / "go").touch()
