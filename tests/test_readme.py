@@ -113,7 +113,7 @@ def test_excerpts_are_the_source_s_own_lines():
 def test_flags_that_are_named_exist():
     helps = [call(script, "--help")[1] for script in SCRIPTS.values()]
     known = set(re.findall(r"--[a-z][a-z_-]+", "".join(helps) + (ROOT / "tests" / "benchmark.py").read_text()))
-    known.add("--nproc_per_node")  # torchrun's
+    known |= {"--nproc_per_node", "--ipc"}  # torchrun's, Docker's
     for text in DOCUMENTS.values():
         assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known
         for span in re.findall(r"`([^`\n]+)`", text):
