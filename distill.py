@@ -59,7 +59,8 @@ def main():
     # Models and optimizer.
     check_classes("the data", train.classes, "the teacher", teacher.config.classes)
     student = checkpoint.restore(saved, out / "last.pt") if saved else new_student(settings, teacher)
-    network = processes.parallel(student.to(device), settings.norm)
+    layout = processes.training_layout(device, settings.precision)
+    network = processes.parallel(student.to(device, memory_format=layout), settings.norm)
     optimizer = build_optimizer(student, settings)
     teacher = distillation.freeze(teacher).to(device)
 

@@ -55,7 +55,8 @@ def main():
         model = models.build(model_config(settings, kind, train.classes))
         if settings.weights != "none":
             checkpoint.load_backbone(model, settings.weights)
-    network = processes.parallel(model.to(device), settings.norm)
+    layout = processes.training_layout(device, settings.precision)
+    network = processes.parallel(model.to(device, memory_format=layout), settings.norm)
     optimizer = build_optimizer(model, settings)
 
     # Data: a low-resolution model reads its images at low resolution.

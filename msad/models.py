@@ -74,14 +74,16 @@ class Detector(nn.Module):
     def normalize(self, images, sizes):
         """Padded RGB images (N,3,H,W), uint8 or float in 0-1, and their sizes [(h,w)] -> network input.
 
-        The padding becomes 0, the mean colour. Where there is none, `sizes` may be empty.
+        The padding becomes 0, the mean colour. Where there is none, `sizes` may be empty. The memory layout is that of
+        the network's weights.
         """
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         x = ((x - self.mean) / self.std).to(self.mean.dtype)
         for number, (height, width) in enumerate(sizes):
             x[number, :, height:] = 0
             x[number, :, :, width:] = 0
-        return x.contiguous(memory_format=torch.channels_last)
+        last = self.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def forward(self, images):
         """Normalised images (N,3,h,w) -> ({branch: five maps}, {branch: the head's outputs})."""

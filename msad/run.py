@@ -312,6 +312,8 @@ def restore_optimizer(training, optimizer, path):
             shapes = {name: value.shape for name, value in state.items()}
             if shapes != {name: () if name == "step" else p.shape for name in names}:
                 raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is {shapes}")
+            for name in names - {"step"}:  # in the parameter's memory layout, which fused steps take for granted
+                state[name] = torch.empty_like(p).copy_(state[name])
         done, length = training["done"], training["log"]
         if not (type(done) is type(length) is int and min(done, length) >= 0):
             raise ValueError(f"done {done!r}, log {length!r}")

@@ -6,6 +6,7 @@ torchvision's detectors. ResNet-50, 256 channels, 80 classes, 512x768, all layer
 the same precision, measured in the same turns. Run it on a machine that does nothing else.
 
 --device cuda measures the rows of benchmark_cuda.py instead; --device cpu with a small --size tries these out.
+--only export measures those of benchmark_export.py.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Callable, NamedTuple
 
 import benchmark_cuda as cuda
 import benchmark_data as data
+import benchmark_export as export
 import benchmark_networks as net
 import torch
 
@@ -123,7 +125,8 @@ def write(path, results):
 
 def measure_all(only, runs):
     """Print all rows whose name contains `only` -> them, as a list of dicts."""
-    chosen = [row for row in ROWS if only in row.name]
+    rows = [Row(*row) for row in export.rows()] if only.startswith("export") else ROWS
+    chosen = [row for row in rows if only in row.name]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'':50} {'ours':>9} {'peer':>9} {'ratio':>6} {'limit':>6} {'GMACs':>8} {'GMAC/s':>7} {'of best':>7}")
     results = []

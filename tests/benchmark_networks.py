@@ -66,7 +66,8 @@ def make_update(model):
 def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
     """A training step as train.py makes it, from uint8 images to updated weights. With `read=False` it leaves out the
     look at its numbers, for which it waits for the device."""
-    model = models.build(config(kind, head=head)).to(DEVICE).train()
+    model = models.build(config(kind, head=head)).train()
+    model.to(DEVICE, memory_format=processes.training_layout(DEVICE, precision))
     update = make_update(model)
     images, boxes, labels = pictures(batch, kind == "low", scale)
     padded, sizes = pad_to_multiple(list(images), model.multiple), [tuple(images.shape[-2:])] * batch
@@ -84,7 +85,8 @@ def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
 def our_distillation(head="fcos", batch=2, precision="fp32"):
     """A step as distill.py makes it: the frozen teacher's fused pyramid, the student forward and backward."""
     teacher = distillation.freeze(models.build(config("teacher", head=head))).to(DEVICE)
-    student = models.build(config("low", head=head)).to(DEVICE).train()
+    student = models.build(config("low", head=head)).train()
+    student.to(DEVICE, memory_format=processes.training_layout(DEVICE, precision))
     update = make_update(student)
     images, boxes, labels = pictures(batch)
     padded, sizes = pad_to_multiple(list(images), teacher.multiple), [tuple(images.shape[-2:])] * batch

@@ -136,6 +136,8 @@ def test_the_memory_layout_changes_nothing(kind):
     images = torch.randn(2, 3, 128, 192)
     _, last = model(images.contiguous(memory_format=torch.channels_last))
     _, first = model.to(memory_format=torch.contiguous_format)(images)
+    assert model.normalize(images, []).is_contiguous()
+    assert model.folded().normalize(images, []).is_contiguous(memory_format=torch.channels_last)
     for branch in model.branches:
         for key in ("logits", "distances", "centerness"):
             torch.testing.assert_close(last[branch][key], first[branch][key], rtol=1e-3, atol=1e-4)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from scripts import assert_same_run, complaint, runs, succeed
+from scripts import assert_same_run, call, complaint, runs, succeed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from msad import checkpoint, distillation, models
@@ -151,3 +151,29 @@ def test_frozen_norms_keep_the_statistics_that_they_start_with(uninterrupted, tm
         statistics[norm, iters] = flat(tensor for key, tensor in tensors.items() if "running" in key)
     assert not statistics["sync", 1].equal(statistics["sync", 2])
     assert statistics["frozen", 1].equal(statistics["frozen", 2])
+
+
+@pytest.mark.parametrize("name, rounding", [("trained", 5e-3), ("distilled", 6e-2)])
+def test_fp32_without_avx512_trains_in_nchw_and_goes_on_elsewhere(
+    uninterrupted, tmp_path, monkeypatch, steps, name, rounding
+):
+    script, flags = runs(uninterrupted)[name]
+    losses, out = models.Detector.losses, tmp_path / "out"
+
+    def moved(model, *arguments):
+        if len(steps) == 9:
+            raise SystemExit("to another machine")
+        return losses(model, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        patch.setattr(models.Detector, "losses", moved)
+        call(script, *flags, "--out", out)
+    succeed(script, "--resume", "--out", out)
+    for number, (_, gradients) in enumerate(steps):  # 9 steps there, and from the ninth on again here
+        maps = [g for g in gradients.values() if g.dim() == 4 and min(g.shape[1:]) > 1]
+        last = number >= 9
+        assert all(g.is_contiguous(memory_format=torch.channels_last) is last for g in maps), number
+    folders = (out, uninterrupted / name)
+    found, expected = (torch.tensor([list(e.values()) for e in logged(folder)[:13]]) for folder in folders)
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-4)  # it grows from step to step
