@@ -8,8 +8,7 @@ fused one alone (models.Teacher):
 
     L_teacher = 1.0 L_det(H) + 1.0 L_det(L) + 0.4 L_det(fused)
 
-Difference from the authors' code: the gate starts from PyTorch's default for linear layers, theirs from a uniform
-distribution sqrt(3) times as wide.
+As in the authors' code the gate's layers start uniform within +-sqrt(3 / inputs).
 """
 
 import torch
@@ -29,6 +28,8 @@ class CrossingFusion(nn.Module):
         super().__init__()
         self.squeeze = nn.Linear(2 * channels, 2 * channels // REDUCTION, bias=False)
         self.excite = nn.Linear(2 * channels // REDUCTION, 2, bias=False)
+        for layer in (self.squeeze, self.excite):
+            nn.init.kaiming_uniform_(layer.weight, a=1)  # sqrt(3) times as wide as PyTorch's default
 
     def weights(self, high, low):
         """Two maps (N,C,h,w) of a level -> (N,2): the shares of H and L, which add up to 1."""

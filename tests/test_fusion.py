@@ -42,6 +42,16 @@ def test_the_gate_equals_einsum():
     assert torch.stack(shares).std() > 0.05  # one pair per image and level, not the same everywhere
 
 
+def test_the_gate_s_layers_start_as_wide_as_the_authors():
+    torch.manual_seed(0)
+    gate = CrossingFusion(256)
+    for layer, inputs in ((gate.squeeze, 512), (gate.excite, 32)):
+        assert layer.weight.shape[1] == inputs
+        scaled = layer.weight.detach().flatten() * (inputs / 3) ** 0.5  # uniform from -1 to 1
+        assert 0.9 < scaled.max() < 1 and -1 < scaled.min() < -0.9
+        assert abs(scaled.std() - 3**-0.5) < 0.1
+
+
 def test_the_shares_add_up_to_one():
     gate = CrossingFusion(32)
     for high, low in zip(random_pyramid(), random_pyramid()):
