@@ -25,7 +25,7 @@ OWN = {  # settings of this script alone: their values in the small recipe and i
     "kd_loss": ("l1", "l1", "distance of the pyramids: the paper's, or PKD's correlation"),
     "kd": (distillation.WEIGHT, distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off"),
     "kd_ramp": (distillation.RAMP, distillation.RAMP, "iterations until the distance has its full weight"),
-    "weights": ("teacher", "teacher", "start: teacher, none, or the teacher with a backbone of imagenet or a FILE"),
+    "weights": ("teacher", "teacher", "start: teacher, none, or the teacher, then what imagenet, coco or a FILE has"),
 }
 
 
@@ -135,10 +135,10 @@ def new_student(settings, teacher):
     student = models.build(model_config(settings, "low", teacher.config.classes))
     line = "from random weights"
     if settings.weights != "none":
-        line = distillation.start_from(student, teacher)
+        line = f"from the teacher {checkpoint.start_from(student, teacher.state_dict())}"
     if settings.weights not in ("teacher", "none"):
-        checkpoint.load_backbone(student, settings.weights)
-        line += f"; then the backbone from {settings.weights}"
+        checkpoint.load_weights(student, settings.weights)
+        line += f"; then from --weights {settings.weights}"
     if processes.is_main():
         print(f"student   {line}")
     return student

@@ -54,7 +54,7 @@ def main():
     else:
         model = models.build(model_config(settings, kind, train.classes))
         if settings.weights != "none":
-            checkpoint.load_backbone(model, settings.weights)
+            checkpoint.load_weights(model, settings.weights)
     layout = processes.training_layout(device, settings.precision)
     network = processes.parallel(model.to(device, memory_format=layout), settings.norm)
     optimizer = build_optimizer(model, settings)

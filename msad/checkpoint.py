@@ -1,4 +1,4 @@
-"""Models to files and back, whoever wrote them: this program, the paper's authors, trainers of ImageNet backbones.
+"""Models to files and back, whoever wrote them: this program, the paper's authors, torchvision; what a run starts from.
 
 A checkpoint is plain tensors, numbers and text, so it loads without running any code:
 
@@ -19,9 +19,9 @@ The backbone is slimmable: convolutions are stored at full width, and a width w 
 input channels; BatchNorms are stored once for each of four widths, as bn.{0-3}. The rest was made for one width, which
 the laterals' input channels tell. The slimmable ImageNet file has module.features.* alike, and a classifier.
 
-The authors' networks see BGR from 0 to 255 less the mean, divided by nothing; ours see RGB normalised by mean and std.
-The means agree, so the stem's weights take up the difference exactly, zero padding included. Their detectors start
-from the slimmable ImageNet weights on that same input, so these are read in the same way.
+The authors' detectors see BGR from 0 to 255 less the mean, divided by nothing; ours see RGB normalised by mean and std.
+The means agree, so the stem's weights take up the difference exactly, zero padding included. The slimmable ImageNet
+weights were trained on what ours see, so they are taken as they are.
 """
 
 from collections import Counter
@@ -55,6 +55,16 @@ PARTS = {
     "head.centerness.": "#_fcos_head.ctrness.",
 }
 
+# How names begin in torchvision's FCOS and RetinaNet, and here. Class outputs have other classes: they stay unknown.
+TORCHVISION = {"backbone.body.": "backbone.", "backbone.fpn.extra_blocks.": "fpn."}
+TORCHVISION |= {f"backbone.fpn.inner_blocks.{i}.0.": f"fpn.lateral.{i + 3}." for i in range(3)}
+TORCHVISION |= {f"backbone.fpn.layer_blocks.{i}.0.": f"fpn.output.{i + 3}." for i in range(3)}
+TORCHVISION |= {f"head.classification_head.conv.{i}.0.": f"head.cls_tower.{2 * i}." for i in range(4)}  # RetinaNet's
+TORCHVISION |= {f"head.regression_head.conv.{i}.0.": f"head.box_tower.{2 * i}." for i in range(4)}
+TORCHVISION |= {"head.classification_head.conv.": "head.cls_tower.", "head.regression_head.conv.": "head.box_tower."}
+TORCHVISION |= {"head.regression_head.bbox_reg.": "head.box_pred."}
+TORCHVISION |= {"head.regression_head.bbox_ctrness.": "head.centerness."}
+
 
 def save(path, model, training=None):
     """Write a checkpoint. Raises InputError; what stood there before is then untouched."""
@@ -79,7 +89,11 @@ def read(path, want=None):
     A file of the authors' gives the same. One of their students holds its teacher too: `want="teacher"` gives that.
     With `want`, a model of another kind is refused.
     """
-    content = read_tensors(path)
+    return described(read_tensors(path), path, want)
+
+
+def described(content, path, want=None):
+    """As `read`, of what the file at `path` holds."""
     if isinstance(content, dict) and content.get("msad") == FORMAT:
         with blamed(path):
             content = {"training": None} | content | {"config": ModelConfig(**content["config"])}
@@ -99,17 +113,91 @@ def restore(content, path):
     return model.eval()
 
 
-def load_backbone(model, weights):
-    """Fill a model's backbone: `weights` is "imagenet" (torchvision's, downloaded by it) or a file.
+def load_weights(model, weights):
+    """Let a model start from `weights`: "imagenet" or "coco", torchvision's backbone or its detector of the same head,
+    downloaded by it, or a file. Prints a line that accounts for all tensors. Raises InputError, the model unchanged.
 
-    A file holds torchvision's ImageNet weights, or slimmable ones, of which the model's width is used. Prints a line
-    that accounts for all tensors. Raises InputError.
+    A file holds a backbone's ImageNet weights, torchvision's or slimmable ones, of which the model's width is used, or
+    a checkpoint of a detector, the authors' too: everything that fits is taken, class outputs if the classes are equal.
     """
+    config, source = model.config, f"--weights {weights}"
+    if weights == "imagenet":
+        return load_backbone(model, download(config.backbone, "IMAGENET1K_V1"), source)
+    if weights == "coco":
+        architecture = ("backbone", "width", "fpn_channels", "head_channels", "head_convs")
+        check_architecture(source, config, ModelConfig("high", COCO, config.head), architecture)
+        state = from_torchvision(download(f"{config.head}_resnet50_fpn", "COCO_V1"), config.head)
+        line = start_from(model, state) + "; P2 and P6, which differ there, start from P3 and P5"
+    else:
+        content = read_tensors(weights)
+        ours = isinstance(content, dict) and "msad" in content
+        if not ours and state_of(content, source)[1] != "detector":
+            return load_backbone(model, content, source)
+        other = restore(described(content, weights), weights)
+        check_architecture(source, config, other.config, ("backbone", "width"))
+        same = config.head == other.config.head, config.classes == other.config.classes
+        line = start_from(model, other.state_dict(), "" if all(same) else "head.cls_logits." if same[0] else "head.")
+    if processes.is_main():
+        print(f"weights   {source}: taken {line}", flush=True)
+
+
+def check_architecture(source, config, other, names):
+    """Raise InputError unless the named fields of a model's config are those of what it is to start from."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in names if getattr(config, name) != getattr(other, name)}
+    if flags:
+        wanted = [f"{flag} {getattr(other, name)} (not {getattr(config, name)})" for name, flag in flags.items()]
+        raise InputError(f"{source}: does not fit this network, only one of {', '.join(wanted)}")
+
+
+@torch.no_grad()
+def start_from(model, state, foreign=""):
+    """Copy every tensor of a state dict that a model has by name and shape, none whose name begins with `foreign`.
+
+    Returns a line that counts by part what was taken, what of the state was not, and what of the model starts afresh.
+    """
+    own = model.state_dict()
+    fits = {n: tensor for n, tensor in state.items() if n not in own or own[n].shape == tensor.shape}
+    fits = {n: tensor for n, tensor in fits.items() if not (foreign and n.startswith(foreign))}
+    _, unknown = model.load_state_dict(fits, strict=False)
+    taken = fits.keys() - set(unknown)
+    new = {n for n in own.keys() - taken if not n.endswith(".num_batches_tracked")}
+    return f"{count_parts(taken)}; left behind {count_parts(state.keys() - taken)}; new {count_parts(new)}"
+
+
+def count_parts(names):
+    """Names of tensors -> "backbone 320, fpn 12", or "nothing"."""
+    parts = [name.split(".")[0] for name in names]
+    return ", ".join(f"{part} {parts.count(part)}" for part in sorted(set(parts))) or "nothing"
+
+
+def from_torchvision(state, head):
+    """The state dict of torchvision's FCOS or RetinaNet (`head`) -> its tensors under our names, with P2 and P6.
+
+    There P2 does not exist: here it starts as P3 in double size. There P6 reads P5: here it starts as the convolution
+    of C5 that gives the same wherever C5 is constant. What else differs is taken up by the tensors, exactly.
+    """
+    starts = [next((start for start in TORCHVISION if name.startswith(start)), "") for name in state]
+    names = [TORCHVISION.get(start, "") + name.removeprefix(start) for start, name in zip(starts, state)]
+    found = dict(zip(names, state.values()))
+    lateral, output, p6 = (found[f"fpn.{name}.weight"] for name in ("lateral.5", "output.5", "p6"))
+    lateral, output = lateral[:, :, 0, 0], output.sum((2, 3))
+    inner = output @ found["fpn.lateral.5.bias"] + found["fpn.output.5.bias"]
+    found["fpn.p6.bias"] = found["fpn.p6.bias"] + p6.sum((2, 3)) @ inner
+    found["fpn.p6.weight"] = torch.einsum("oiyx,ij,jc->ocyx", p6, output, lateral)
+    found |= {f"fpn.output.2.{name}": found[f"fpn.output.3.{name}"] for name in ("weight", "bias")}
+    found |= {"fpn.lateral.2.weight": torch.zeros(256, 256, 1, 1), "fpn.lateral.2.bias": torch.zeros(256)}
+    if head == "fcos":  # its points are the cells' upper left corners, ours their centres, half a stride further
+        found["head.box_pred.bias"] = found["head.box_pred.bias"] + torch.tensor([0.5, 0.5, -0.5, -0.5])
+    else:  # its BatchNorm adds nothing to the variance, ours 1e-5
+        variances = {n: tensor for n, tensor in found.items() if n.endswith(".running_var")}
+        found |= {n: (tensor - 1e-5).clamp(min=0) for n, tensor in variances.items()}
+    return found
+
+
+def load_backbone(model, content, source):
+    """Fill a model's backbone from a file's content, all of whose tensors must be accounted for. Raises InputError."""
     name, width = model.config.backbone, model.config.width
-    source = f"--weights {weights}"
-    state, origin = state_of(download(name) if weights == "imagenet" else read_tensors(weights), source)
-    if origin == "detector":
-        raise InputError(f"{source}: holds a detector; it is for distill.py --teacher and evaluate.py --ckpt")
+    state, origin = state_of(content, source)
     if origin == "slimmable" and name != "resnet50":
         raise InputError(f"{source}: holds a slimmable resnet50, not a {name}")
     if origin == "slimmable":
@@ -119,18 +207,16 @@ def load_backbone(model, weights):
     classifier = {key: tensor for key, tensor in state.items() if key.startswith(("fc.", "classifier."))}
     expected |= {key: Expected(shape_of(tensor), "", "the classifier") for key, tensor in classifier.items()}
     used = take(state, expected, f"{source}: {origin} ImageNet weights for {name} of width {width:g}")
-    if origin == "slimmable":
-        used = cut(used, model.backbone, "conv1.weight")
-    model.backbone.load_state_dict(used)
+    model.backbone.load_state_dict(cut(used, model.backbone) if origin == "slimmable" else used)
 
 
-def download(backbone):
-    """The state dict of torchvision's ImageNet weights. Raises InputError."""
+def download(name, weights):
+    """The state dict of a model of torchvision's, trained. Raises InputError."""
     try:
-        return torchvision.models.get_model(backbone, weights="IMAGENET1K_V1").state_dict()
-    except OSError as error:
+        return torchvision.models.get_model(name, weights=weights).state_dict()
+    except (OSError, ValueError) as error:
         mend = "give a file (--weights FILE) or start from nothing (--weights none)"
-        raise InputError(f"the ImageNet weights of {backbone} cannot be downloaded ({error}); {mend}") from None
+        raise InputError(f"the weights {weights} of {name} cannot be downloaded ({error}); {mend}") from None
 
 
 def state_of(content, source):
@@ -168,7 +254,10 @@ def from_authors(content, source, want=None):
     with torch.device("meta"):
         model = build(config)
     used["head.scales"] = torch.cat([used.pop(f"head.scales.{level}") for level in range(len(model.head.scales))])
-    return {"config": config, "model": cut(used, model, "backbone.conv1.weight"), "training": None}
+    used = cut(used, model)
+    scale = 255 * torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)  # their input is this times ours, flipped
+    used["backbone.conv1.weight"] = (used["backbone.conv1.weight"].flip(1) * scale).float()
+    return {"config": config, "model": used, "training": None}
 
 
 def authors_config(kind, width):
@@ -246,10 +335,7 @@ def shape_of(value):
     return tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
 
 
-def cut(tensors, model, stem):
-    """The used tensors of a slimmable network -> those of `model`, whose first convolution is named `stem`."""
+def cut(tensors, model):
+    """The used tensors of a slimmable network -> those of `model`."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tensors = {name: tensor[tuple(map(slice, shapes[name]))].clone() for name, tensor in tensors.items()}
-    scale = 255 * torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)  # their input is this times ours, flipped
-    tensors[stem] = (tensors[stem].flip(1) * scale).float()
-    return tensors
+    return {name: tensor[tuple(map(slice, shapes[name]))].clone() for name, tensor in tensors.items()}

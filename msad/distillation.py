@@ -59,22 +59,3 @@ def freeze(teacher):
 def checksum(teacher):
     """A teacher's fingerprint, so that a run which goes on notices another teacher."""
     return zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in teacher.state_dict().values()))
-
-
-@torch.no_grad()
-def start_from(student, teacher):
-    """Copy every tensor of the teacher, not frozen yet, that the student has by name and shape.
-
-    Returns one line saying what was taken, what of the teacher was not, and what of the student starts afresh.
-    """
-    source, target = teacher.state_dict(), student.state_dict()
-    taken = {name: tensor for name, tensor in source.items() if name in target and target[name].shape == tensor.shape}
-    student.load_state_dict(target | taken)
-    left, new = source.keys() - taken.keys(), target.keys() - taken.keys()
-    return f"from the teacher {count_parts(taken)}; left behind {count_parts(left)}; new {count_parts(new)}"
-
-
-def count_parts(names):
-    """Names of tensors -> "backbone 320, fpn 12", or "nothing"."""
-    parts = [name.split(".")[0] for name in names]
-    return ", ".join(f"{part} {parts.count(part)}" for part in sorted(set(parts))) or "nothing"

@@ -44,6 +44,13 @@ class FCOSHead(nn.Module):
         self.scales = nn.Parameter(torch.ones(len(align.STRIDES)))
         heads.initialize_outputs(self.cls_logits, self.box_pred, self.centerness)
 
+    def _load_from_state_dict(self, state, prefix, *details):
+        """Make room for the biases of torchvision's box and centerness outputs where they are to be loaded."""
+        for name, conv in (("box_pred", self.box_pred), ("centerness", self.centerness)):
+            if getattr(state.get(f"{prefix}{name}.bias"), "shape", None) == conv.weight.shape[:1]:
+                conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+        super()._load_from_state_dict(state, prefix, *details)
+
     def forward(self, pyramid):
         """Five maps (N,C,h,w) -> a dict: `logits` (N,R,K), `distances` (N,R,4) from the location to the sides of its
         box, in strides, `centerness` (N,R) as logits, `sizes` [(h,w)]."""

@@ -35,7 +35,7 @@ TABLE = {
         "head": ("fcos", "fcos", "detection head"),
         "backbone": ("resnet18", "resnet50", "resnet18, resnet34, resnet50 or resnet101"),
         "width": (0.25, 1.0, "the backbone's width"),
-        "weights": ("none", "imagenet", "where the backbone starts: imagenet, none or a FILE"),
+        "weights": ("none", "imagenet", "where it starts: imagenet (a backbone), coco (a detector), none or a FILE"),
         "fpn_channels": (64, 256, "channels of the pyramid"),
         "head_channels": (64, 256, "channels of the head's towers"),
         "head_convs": (2, 4, "convolutions in each tower"),
@@ -141,7 +141,7 @@ def resume_settings(typed, own, content, path):
         for name, value in stored.items():
             check_stored(name, value, defaults[name])
     changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != stored[name]]
-    if {typed.get("weights"), stored["weights"]}.isdisjoint(("imagenet", "teacher", "none")):
+    if {typed.get("weights"), stored["weights"]}.isdisjoint(("imagenet", "coco", "teacher", "none")):
         changed = [name for name in changed if name != "weights"]  # a file, of which only the start had need
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')} {typed[name]} (was {stored[name]})" for name in changed)

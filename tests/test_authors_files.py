@@ -22,6 +22,15 @@ def images():
     return torch.randint(0, 256, (2, 3, 128, 192), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
+def torchvision_input(images, sizes):
+    """Padded RGB images (N,3,H,W) uint8 of sizes [(h,w)] as torchvision's trainers normalise them, zeros for padding."""
+    x = torch.zeros(images.shape)
+    for row, image, (height, width) in zip(x, images, sizes):
+        for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+            row[channel, :height, :width] = (image[channel, :height, :width] / 255 - mean) / std
+    return x
+
+
 def model_of(state, want=None):
     return checkpoint.restore(checkpoint.from_authors(state, "a.pth", want), "a.pth")
 
@@ -84,14 +93,15 @@ def test_a_student_computes_what_the_authors_slimmable_network_does(images, widt
 
 @torch.inference_mode()
 @pytest.mark.parametrize("width", [0.25, 0.75])
-def test_a_slimmable_imagenet_backbone_computes_what_it_does_in_the_authors_detectors(images, width, tmp_path, capsys):
+def test_a_slimmable_imagenet_backbone_sees_what_it_was_trained_on(images, width, tmp_path, capsys):
     state = random_state("imagenet", width)
+    state["module.features.0.0.weight"] *= 60  # for an input of order one
     torch.save({"model": state}, tmp_path / "a.pt")
     model = tiny_model("high", backbone="resnet50", width=width)
-    checkpoint.load_backbone(model, str(tmp_path / "a.pt"))
+    checkpoint.load_weights(model, str(tmp_path / "a.pt"))
     plain = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     ours = model.backbone(model.normalize(images, SIZES))
-    theirs = Network(plain, "", width).features(authors_input(images, SIZES), "features")
+    theirs = Network(plain, "", width).features(torchvision_input(images, SIZES), "features")
     for our, their in zip(ours, theirs, strict=True):
         assert_close(our, their)
     assert counted(capsys) == [318, 795, 2]  # other widths' BatchNorm, and the classifier, are dropped
@@ -105,9 +115,10 @@ def test_torchvision_weights_compute_what_torchvision_does(source, images, tmp_p
     if source == "an old file":  # those of the first releases of torchvision are without counters
         state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "a.pth")
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: {"resnet18": theirs}[name])
+    downloads = {("resnet18", "IMAGENET1K_V1"): theirs}
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: downloads[name, weights])
     model = tiny_model("high", width=1.0)
-    checkpoint.load_backbone(model, "imagenet" if source == "a download" else str(tmp_path / "a.pth"))
+    checkpoint.load_weights(model, "imagenet" if source == "a download" else str(tmp_path / "a.pth"))
     assert counted(capsys) == [len(state) - 2, 2]  # the classifier is dropped
 
     x = images / 255
@@ -251,7 +262,7 @@ def test_what_is_no_detector_is_refused_in_one_line(content, message, tmp_path):
     "content, backbone, message",
     [
         ({"model": Code()}, "resnet50", "refused"),
-        (empty_state("teacher"), "resnet50", "holds a detector"),
+        (empty_state("teacher", 0.5), "resnet50", r"does not fit .* --width 0.5 \(not 0.25\)"),
         (empty_state("imagenet"), "resnet18", "holds a slimmable resnet50, not a resnet18"),
         ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "resnet18", "width 0.25: tensor bn1.weight is missing"),
         (torchvision.models.resnet18().state_dict(), "resnet18", r"conv1.weight is \(64, .* must be \(16, 3, 7, 7\)"),
@@ -263,7 +274,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_and_change_nothing(cont
     model = tiny_model("high", backbone=backbone)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=f"a.pth: .*{message}") as error:
-        checkpoint.load_backbone(model, str(tmp_path / "a.pth"))
+        checkpoint.load_weights(model, str(tmp_path / "a.pth"))
     assert "\n" not in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -273,6 +284,6 @@ def test_a_failed_download_is_an_error_of_one_line(monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models, "get_model", fail)
-    with pytest.raises(InputError, match="resnet18 cannot be downloaded .*no route to host.*--weights FILE") as error:
-        checkpoint.load_backbone(tiny_model("high"), "imagenet")
+    with pytest.raises(InputError, match="of resnet18 cannot be downloaded .*no route to host.*--weights FILE") as error:
+        checkpoint.load_weights(tiny_model("high"), "imagenet")
     assert "\n" not in str(error.value)

@@ -207,7 +207,7 @@ def test_a_head_that_only_the_table_of_heads_knows_works_everywhere(tmp_path, mo
     torch.manual_seed(0)
     teacher = models.build(tiny_config("teacher", head="center"))
     student = models.build(tiny_config("low", head="center"))
-    assert distillation.start_from(student, teacher).endswith("new nothing")
+    assert checkpoint.start_from(student, teacher.state_dict()).endswith("new nothing")
     images = torch.randn(2, 3, 128, 128)
     boxes, labels = [torch.tensor([[20.0, 30, 60, 70]])] * 2, [torch.tensor([1])] * 2
 
