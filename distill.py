@@ -20,12 +20,12 @@ from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, evaluate_a
 from msad.run import print_header, print_table, set_learning_rate, start
 from msad.settings import inherit, model_config, parse_flags, resume_settings, settle
 
-OWN = {  # settings of this script alone: their values in the small recipe and in COCO's, and a line of help
-    "teacher": ("", "", "the teacher's checkpoint (needed)"),
-    "kd_loss": ("l1", "l1", "distance of the pyramids: the paper's, or PKD's correlation"),
-    "kd": (distillation.WEIGHT, distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off"),
-    "kd_ramp": (distillation.RAMP, distillation.RAMP, "iterations until the distance has its full weight"),
-    "weights": ("teacher", "teacher", "start: teacher, none, or the teacher, then what imagenet, coco or a FILE has"),
+OWN = {  # settings of this script alone: their values, and a line of help
+    "teacher": ("", "the teacher's checkpoint (needed)"),
+    "kd_loss": ("l1", "distance of the pyramids: the paper's, or PKD's correlation"),
+    "kd": (distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off"),
+    "kd_ramp": (distillation.RAMP, "iterations until the distance has its full weight"),
+    "weights": ("teacher", "start: teacher, none, or the teacher, then what imagenet, coco or a FILE has"),
 }
 
 

@@ -19,30 +19,28 @@ from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, find_check
 from msad.run import set_learning_rate, start
 from msad.settings import model_config, parse_flags, resume_settings, settle
 
-OWN = {  # settings of this script alone: their values in the small recipe and in COCO's, and a line of help
-    "res": ("multi", "multi", "resolutions to train on"),
-    "no_align": (False, False, "with --res multi: no shift and no fusion, the conventional baseline"),
+OWN = {  # settings of this script alone: their values, and a line of help
+    "res": ("multi", "resolutions to train on"),
+    "no_align": (False, "with --res multi: no shift and no fusion, the conventional baseline"),
 }
 
 
-def kind_of(settings):
+def kind_of(res="multi", no_align=False, **others):
     """The kind of model that --res and --no-align ask for."""
-    if settings.res == "multi":
-        return "conventional" if settings.no_align else "teacher"
-    if settings.no_align:
-        raise InputError(f"--no-align: of no use with --res {settings.res}, where nothing is aligned")
-    return settings.res
+    if res == "multi":
+        return "conventional" if no_align else "teacher"
+    if no_align:
+        raise InputError(f"--no-align: of no use with --res {res}, where nothing is aligned")
+    return res
 
 
 def main():
     # What to do, and whether an earlier run goes on.
     typed, resume = parse_flags(__doc__, OWN)
-    settings = settle(typed, OWN)
-    out = Path(settings.out or f"runs/{kind_of(settings)}")
+    out = Path(typed.get("out") or f"runs/{kind_of(**typed)}")
     saved = find_checkpoint(out, resume)
-    if saved:
-        settings = resume_settings(typed, OWN, saved, out / "last.pt")
-    kind = kind_of(settings)
+    settings = resume_settings(typed, OWN, saved, out / "last.pt") if saved else settle(typed, OWN)
+    kind = kind_of(**vars(settings))
     device = start(settings)
     autocast = processes.autocast(device, settings.precision)
 

@@ -88,7 +88,8 @@ def print_header(settings, model, train, val, device, out):
     print(f"model     {config.kind}: {config.backbone} x{config.width:g}, FPN {config.fpn_channels}, {head}")
     print(f"cost      {evaluation.cost_line(model.branches[0], cost)}")
     print(
-        f"schedule  {settings.recipe} recipe: {settings.iters} iterations of {settings.batch} images, "
+        f"schedule  {settings.recipe} recipe: {settings.iters} iterations of {settings.batch} images = "
+        f"{settings.iters * settings.batch / len(train):.3g} epochs of {len(train)} images, "
         f"{settings.optimizer}, lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up, "
         f"seed {settings.seed}"
     )

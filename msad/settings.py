@@ -1,4 +1,4 @@
-"""Settings of a training run: two recipes, and the flags that both training scripts have.
+"""Settings of a training run: three recipes, and the flags that both training scripts have.
 
 A value is what was typed, else what is inherited (a student's data, sizes and architecture are its teacher's), else the
 script's own default, else the recipe's. A resumed run takes all of them from its checkpoint and refuses to be told
@@ -10,62 +10,66 @@ import math
 from argparse import Namespace
 from dataclasses import fields
 
+from . import processes, shapes
+from .annotations import count_images
 from .backbone import LAYERS, WIDTHS
 from .distillation import DISTANCES
 from .files import InputError, blamed
 from .models import HEADS, ModelConfig
-from .processes import Parser
 
 # Every setting of both training scripts, which is a flag too: its value in the small recipe, a network and pictures for
-# a laptop, and in COCO's, which is the paper's. Sides are in pixels of the high-resolution input.
+# a laptop, in the one for photos of one's own, and in COCO's, which is the paper's. None follows from the number of
+# photos. Sides are in pixels of the high-resolution input.
 TABLE = {
     "where things are": {
-        "data": ("", "", "folder in COCO layout (default: drawn shapes in data/shapes)"),
-        "recipe": ("small", "coco", "defaults of all else (default: small without --data, else coco)"),
-        "out": ("", "", "folder for checkpoints and log (default: runs/ and what is trained)"),
+        "data": ("", "", "", "folder in COCO layout (default: drawn shapes in data/shapes)"),
+        "recipe": ("small", "photos", "coco", "defaults of all else (default: small without --data, else by its size)"),
+        "out": ("", "", "", "folder for checkpoints and log (default: runs/ and what is trained)"),
     },
     "pictures (sides in pixels of the high-resolution input)": {
-        "short_sides": ([256], [640, 672, 704, 736, 768, 800], "short sides drawn from in training"),
-        "test_side": (256, 800, "short side in evaluation"),
-        "long_side": (512, 1333, "upper bound of the long side"),
-        "pad": (64, 64, "sides are padded to multiples of this"),
-        "downsample": ("area", "area", "how low resolution is made from high"),
+        "short_sides": ([256], list(range(512, 641, 32)), list(range(640, 801, 32)), "short sides in training"),
+        "test_side": (256, 640, 800, "short side in evaluation"),
+        "long_side": (512, 1066, 1333, "upper bound of the long side"),
+        "pad": (64, 64, 64, "sides are padded to multiples of this"),
+        "downsample": ("area", "area", "area", "how low resolution is made from high"),
     },
     "model": {
-        "head": ("fcos", "fcos", "detection head"),
-        "backbone": ("resnet18", "resnet50", "resnet18, resnet34, resnet50 or resnet101"),
-        "width": (0.25, 1.0, "the backbone's width"),
-        "weights": ("none", "imagenet", "where it starts: imagenet (a backbone), coco (a detector), none or a FILE"),
-        "fpn_channels": (64, 256, "channels of the pyramid"),
-        "head_channels": (64, 256, "channels of the head's towers"),
-        "head_convs": (2, 4, "convolutions in each tower"),
-        "norm": ("sync", "sync", "BatchNorm's statistics in training: of all processes, of each, or as at the start"),
-        "object_scale": (0.68, 1.0, "sizes of objects as a multiple of COCO's"),
+        "head": ("fcos", "fcos", "fcos", "detection head"),
+        "backbone": ("resnet18", "resnet50", "resnet50", "resnet18, resnet34, resnet50 or resnet101"),
+        "width": (0.25, 1.0, 1.0, "the backbone's width"),
+        "weights": ("none", "imagenet", "imagenet", "start: imagenet, coco (a detector), none or a FILE"),
+        "fpn_channels": (64, 256, 256, "channels of the pyramid"),
+        "head_channels": (64, 256, 256, "channels of the head's towers"),
+        "head_convs": (2, 4, 4, "convolutions in each tower"),
+        "norm": ("sync", "frozen", "sync", "BatchNorm's statistics: of all processes, of each, or as at the start"),
+        "object_scale": (0.68, 1.0, 1.0, "sizes of objects as a multiple of COCO's"),
     },
     "optimization": {
-        "iters": (2000, 90_000, "training iterations"),
-        "batch": (8, 16, "images per iteration, over all processes"),
-        "accumulate": (1, 1, "parts in which a process computes its images of an iteration, one after the other"),
-        "lr": (0.003, 0.01, "learning rate, in proportion to --batch"),
-        "optimizer": ("adamw", "sgd", "optimizer"),
-        "weight_decay": (0.05, 1e-4, "weight decay, none on normalisation layers"),
-        "schedule": ("cosine", "step", "learning rate after the warm-up"),
-        "warmup": (50, 500, "iterations of linear warm-up from lr/1000"),
-        "clip": (5.0, 0.0, "largest norm of the gradient (0: no limit)"),
+        "iters": (2000, None, 90_000, "training iterations"),
+        "batch": (8, 8, 16, "images per iteration, over all processes"),
+        "accumulate": (1, 1, 1, "parts in which a process computes its images of an iteration, one after the other"),
+        "lr": (0.003, 2e-4, 0.01, "learning rate, in proportion to --batch"),
+        "optimizer": ("adamw", "adamw", "sgd", "optimizer"),
+        "weight_decay": (0.05, 0.05, 1e-4, "weight decay, none on normalisation layers"),
+        "schedule": ("cosine", "cosine", "step", "learning rate after the warm-up"),
+        "warmup": (50, 100, 500, "iterations of linear warm-up from lr/1000"),
+        "clip": (5.0, 5.0, 0.0, "largest norm of the gradient (0: no limit)"),
     },
     "the run": {
-        "seed": (0, 0, "seed of everything random"),
-        "device": ("", "", "cuda or cpu (default: CUDA where there is one)"),
-        "precision": ("", "", "default: bf16 where the device has it"),
-        "workers": (0, 4, "processes that read images"),
-        "eval_every": (1000, 10_000, "iterations between evaluations"),
-        "save_every": (250, 500, "iterations between checkpoints"),
-        "log_every": (20, 20, "iterations between lines of the log"),
+        "seed": (0, 0, 0, "seed of everything random"),
+        "device": ("", "", "", "cuda or cpu (default: CUDA where there is one)"),
+        "precision": ("", "", "", "default: bf16 where the device has it"),
+        "workers": (0, 2, 4, "processes that read images"),
+        "eval_every": (1000, None, 10_000, "iterations between evaluations"),
+        "save_every": (250, 250, 500, "iterations between checkpoints"),
+        "log_every": (20, 20, 20, "iterations between lines of the log"),
     },
 }
 ROWS = {name: row for group in TABLE.values() for name, row in group.items()}
-SMALL, COCO = ({name: row[recipe] for name, row in ROWS.items()} for recipe in (0, 1))
-RECIPES = {"small": SMALL, "coco": COCO}
+SMALL, PHOTOS, COCO = ({name: row[recipe] for name, row in ROWS.items()} for recipe in (0, 1, 2))
+RECIPES = {"small": SMALL, "photos": PHOTOS, "coco": COCO}
+MANY = 20_000  # training photos, from which on the recipe is COCO's
+EPOCHS, SHORTEST, LONGEST = 36, 1500, 30_000  # of the recipe for photos, the last two in iterations
 CHOICES = {
     "res": ("multi", "high", "low"),
     "kd_loss": tuple(DISTANCES),
@@ -86,15 +90,15 @@ ARCHITECTURE = [f.name for f in fields(ModelConfig) if f.name in COCO]
 
 
 def parse_flags(description, own):
-    """Make flags of the settings of both scripts and of a script's own, rows as in TABLE -> a dict of only what was
-    typed, and whether to resume."""
-    parser = Parser(description)
+    """Make flags of the settings of both scripts and of a script's own, {name: (value, help)} -> a dict of only what
+    was typed, and whether to resume."""
+    parser = processes.Parser(description)
     for title, rows in {"what to train": own, **TABLE}.items():
         group = parser.add_argument_group(title)
-        for name, (small, coco, text) in rows.items():
+        for name, (*values, text) in rows.items():
             if name in own and rows is not own:
                 continue
-            flag, choices = f"--{name.replace('_', '-')}", CHOICES.get(name)
+            flag, choices, coco = f"--{name.replace('_', '-')}", CHOICES.get(name), values[-1]
             if isinstance(coco, bool):
                 group.add_argument(flag, action="store_true", help=text)
                 continue
@@ -102,7 +106,8 @@ def parse_flags(description, own):
             if name == "backbone" or not choices:  # a list of all backbones would not fit its column
                 details["metavar"] = "X" if isinstance(coco, str) else "N"
             if coco and name != "recipe":
-                text += f" [{shown(coco)}]" if small == coco else f" [small {shown(small)}, coco {shown(coco)}]"
+                each = ", ".join(f"{recipe} {shown(value)}" for recipe, value in zip(RECIPES, values))
+                text += f" [{shown(coco)}]" if values.count(coco) == len(values) else f" [{each}]"
             group.add_argument(flag, choices=choices, help=text, **details)
     group.add_argument("--resume", action="store_true", default=False, help="go on from OUT/last.pt")
     typed = vars(parser.parse_args())
@@ -113,17 +118,35 @@ def shown(value):
     """A default as --help shows it."""
     if isinstance(value, list):
         return f"{value[0]}-{value[-1]}" if len(value) > 1 else value[0]
-    return f"{value:g}" if isinstance(value, float) else value
+    return f"{value:g}" if isinstance(value, float) else "by their number" if value is None else value
 
 
 def settle(typed, own, inherited=None):
-    """The settings of a run. `own` are the script's rows, `inherited` the settings that a student takes over."""
+    """The settings of a run. `own` are the script's rows, `inherited` the settings that a student takes over.
+
+    The number of training photos, if there are any, chooses the recipe that nobody named, and the length of the one for
+    photos. Raises InputError.
+    """
     known = {name: row[0] for name, row in own.items()} | (inherited or {}) | typed
-    name = known.get("recipe") or ("coco" if known.get("data") else "small")
+    name, data = known.get("recipe"), known.get("data")
+    count = data and (not name or name == "photos" and "iters" not in typed)
+    photos = count_images(data) if count else shapes.TRAIN
+    if not name:
+        name = "small" if not data else "photos" if photos < MANY else "coco"
+        if data and processes.is_main():
+            print(f"recipe    {name}, chosen for {photos} training photos; --recipe takes another")
     recipe = RECIPES[name]
     settings = Namespace(**recipe | known | {"recipe": name})
     if "batch" in typed and "lr" not in typed:
         settings.lr = recipe["lr"] * settings.batch / recipe["batch"]
+    if settings.iters is None:
+        settings.iters = min(max(SHORTEST, EPOCHS * photos // settings.batch), LONGEST)
+    if settings.eval_every is None:
+        settings.eval_every = max(1, settings.iters // 4)
+    if name == "photos" and "kd_ramp" in own and "kd_ramp" not in typed:
+        settings.kd_ramp = settings.iters // 20
+    if name == "photos" and settings.weights == "none" and "norm" not in typed:
+        settings.norm = "sync"  # there are no statistics yet that could stay
     check_settings(settings)
     return settings
 

@@ -8,7 +8,7 @@ import evaluate
 import pytest
 import torch
 import train
-from folders import draw_rectangles
+from folders import draw_rectangles, write
 from helpers import tiny_config
 from scripts import SHORT, TINY, complaint, succeed
 
@@ -45,11 +45,52 @@ def teacher_content(**changes):
     }
 
 
-def test_a_recipe_is_chosen_by_the_data_unless_it_is_typed():
-    for typed, recipe in (({}, "small"), ({"data": "d"}, "coco"), ({"data": "d", "recipe": "small"}, "small")):
+def images(data, count):
+    """A folder whose training split has so many images, of which only the names are there."""
+    (data / "train").mkdir(parents=True)
+    write(data, {"images": [{"file_name": "x.png"}] * count} if count < 1000 else (b'{"file_name": "x"},' * count))
+    return str(data)
+
+
+def test_a_recipe_is_chosen_by_the_data_unless_it_is_typed(tmp_path, capsys):
+    few, many = images(tmp_path / "few", 300), images(tmp_path / "many", 20_000)
+    own = {"res": "multi", "no_align": False}
+    for typed, recipe in (({}, "small"), ({"data": many}, "coco"), ({"data": "d", "recipe": "small"}, "small")):
         found = vars(settings.settle(typed | {"seed": 5}, train.OWN))
-        own = {"res": "multi", "no_align": False}
         assert found == settings.RECIPES[recipe] | typed | own | {"recipe": recipe, "seed": 5}
+    assert capsys.readouterr().out == "recipe    coco, chosen for 20000 training photos; --recipe takes another\n"
+    found = vars(settings.settle({"data": few}, train.OWN))
+    length = {"iters": 1500, "eval_every": 375}
+    assert found == settings.PHOTOS | own | length | {"data": few}
+    assert capsys.readouterr().out == "recipe    photos, chosen for 300 training photos; --recipe takes another\n"
+
+
+@pytest.mark.parametrize(  # 36 epochs of so many photos, at least 1500 and at most 30 000 iterations
+    "count, typed, iters, ramp",
+    [
+        (300, {}, 1500, 75),
+        (510, {}, 2295, 114),
+        (510, {"batch": 16}, 1500, 75),
+        (510, {"batch": 4}, 4590, 229),
+        (19_999, {}, 30_000, 1500),
+        (510, {"iters": 100}, 100, 5),
+        (510, {"iters": 100, "kd_ramp": 7}, 100, 7),
+    ],
+)
+def test_the_length_of_a_run_on_photos_follows_from_their_number(count, typed, iters, ramp, tmp_path):
+    data = images(tmp_path / "data", count)
+    stored = {"recipe": "photos", "data": data, "short_sides": [64]}
+    inherited = settings.inherit(teacher_content() | {"training": {"settings": stored}}, "t.pt")
+    found = settings.settle(typed, distill.OWN, inherited)
+    assert (found.iters, found.kd_ramp, found.eval_every) == (iters, ramp, iters // 4)
+    found = settings.settle({"data": data} | {k: v for k, v in typed.items() if k != "kd_ramp"}, train.OWN)
+    assert (found.iters, found.recipe) == (iters, "photos")
+
+
+def test_statistics_of_batchnorm_stay_only_where_there_are_some(tmp_path):
+    data = images(tmp_path / "data", 300)
+    for typed, norm in (({}, "frozen"), ({"weights": "none"}, "sync"), ({"weights": "none", "norm": "local"}, "local")):
+        assert settings.settle(typed | {"data": data}, train.OWN).norm == norm
 
 
 @pytest.mark.parametrize("recipe, batch, rate", [("small", 2, 0.003 / 4), ("coco", 32, 0.02)])
@@ -76,11 +117,12 @@ def test_what_is_typed_wins_over_what_is_inherited(name):
     assert {other: found[other] for other in INHERITED} == expected
 
 
-def test_a_teacher_without_a_run_gives_its_network_only():
+def test_a_teacher_without_a_run_gives_its_network_only(tmp_path):
+    data = images(tmp_path / "data", 20_000)
     found = settings.settle(
-        {"data": "d"}, distill.OWN, settings.inherit(teacher_content() | {"training": None}, "t.pt")
+        {"data": data}, distill.OWN, settings.inherit(teacher_content() | {"training": None}, "t.pt")
     )
-    assert (found.data, found.recipe, found.short_sides) == ("d", "coco", settings.COCO["short_sides"])
+    assert (found.data, found.recipe, found.short_sides) == (data, "coco", settings.COCO["short_sides"])
     assert (found.test_side, found.backbone, found.width) == (320, "resnet101", 0.75)
 
 
