@@ -7,7 +7,7 @@ from helpers import tiny_config, tiny_model, total
 from torch import nn
 
 import msad
-from msad import align, annotations, checkpoint, distillation, evaluation, heads, models, processes
+from msad import align, annotations, checkpoint, distillation, evaluation, heads, models, processes, run
 from msad.data import CocoDataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -183,13 +183,14 @@ class CenterHead(nn.Module):
 
     def assign(self, sizes, boxes, labels):
         corners, _ = align.cells(sizes)
-        hot, near = torch.zeros(len(boxes), len(corners), self.classes), torch.ones(len(boxes), len(corners), 4)
+        learned, near = torch.full((len(boxes), len(corners)), self.classes), torch.ones(len(boxes), len(corners), 4)
         for i, (b, l) in enumerate(zip(boxes, labels)):
             x, y = (b[:, :2] + b[:, 2:]).div(16).long().unbind(1)
             cells = y.clamp(max=sizes[0][0] - 1) * sizes[0][1] + x.clamp(max=sizes[0][1] - 1)
-            hot[i, cells, l] = 1
+            learned[i, cells] = l
             near[i, cells] = heads.boxes_to_distances(corners[cells] + 4, b).clamp(min=1) / 8
-        return {"hot": hot, "near": near}
+        hot = (learned[..., None] == torch.arange(self.classes)).float()
+        return {"labels": learned, "hot": hot, "near": near}
 
     def losses(self, outputs, targets):
         box = (outputs["sides"] - targets["near"]).abs().mean(-1) * targets["hot"].amax(-1)
@@ -233,5 +234,7 @@ def test_a_head_that_only_the_table_of_heads_knows_works_everywhere(tmp_path, mo
     checkpoint.save(tmp_path / "student.pt", student)
     loaded = msad.load(tmp_path / "student.pt")
     found = annotations.read(draw_rectangles(tmp_path / "data", {"val": 3}), "val")
+    shares = run.level_shares(loaded.config, found, 128, 256, torch.device("cpu"), 1.0, 100)
+    assert shares[0] > 0.5 and not any(shares[1:])
     results = evaluation.evaluate(loaded, CocoDataset(found, (128,), 256, "area"), ["low"], batch=2)
     assert 0 <= results["low"][0]["AP"] <= 1 and any(len(d["scores"]) for _, d in results["low"][1])
