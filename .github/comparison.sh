@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # All runs of the README's comparison for one head and seed, one after another, into runs/HEAD-SEED/, or for a folder
-# of photos in COCO's layout into runs/PHOTOS-SEED/.
-#     .github/comparison.sh fcos 0 [PHOTOS]
-# Stopped and started again, it goes on where it was. Teacher and student train equally long; whatever trains in one go
-# trains as long as both together.
+# of photos in COCO's layout into runs/PHOTOS-SEED/, with the small recipe. With START, what --weights takes, it is the
+# recipe for photos, into runs/PHOTOS-START-SEED/; FLAGS are then train.py's.
+#     .github/comparison.sh fcos 0 [PHOTOS [START [FLAGS]]]
+# Stopped and started again, it goes on where it was. Teacher and student train equally long (on photos ITERS iterations,
+# a variable of the environment, or 1000); whatever trains in one go trains as long as both together.
 set -euo pipefail
-head=$1 seed=$2 name=$1 iters=2000 data=()
-if [ $# = 3 ]; then
-    name=$(basename "$3") iters=1000 data=(--data "$3" --recipe small)
+head=$1 seed=$2 name=$1 iters=2000 flags=()
+if [ $# -ge 3 ]; then
+    name=$(basename "$3") iters=${ITERS:-1000} flags=(--data "$3" --recipe small)
+fi
+if [ $# -ge 4 ]; then
+    name=$name-$(basename "$4" .pth) flags=(--data "$3" --recipe photos --weights "$4" "${@:5}")
 fi
 runs=runs/$name-$seed
 mkdir -p "$runs"
@@ -16,8 +20,9 @@ run() {  # the folder's name, the script, its flags
     local folder=$1 script=$2
     shift 2
     [ -e "$runs/$folder/finished" ] && return
+    [ "$script" = train.py ] && set -- ${flags[@]+"${flags[@]}"} "$@"  # a student inherits them, and not the start
     python "$script" --out "$runs/$folder" --resume --head "$head" --seed "$seed" --iters "$iters" \
-        ${data[@]+"${data[@]}"} "$@" >> "$runs/$folder.txt" 2>&1
+        "$@" >> "$runs/$folder.txt" 2>&1
     touch "$runs/$folder/finished"
 }
 
@@ -30,7 +35,7 @@ run student-alone distill.py $teacher --kd 0
 run student distill.py $teacher
 run conventional train.py --no-align --iters $both
 run low-alone train.py --res low --iters $both
-[ $# = 3 ] && exit
+[ $# -ge 3 ] && exit
 run student-narrow distill.py $teacher --head-channels 32 $pkd
 run student-slim distill.py $teacher --head-convs 1 $pkd
 run student-cold distill.py $teacher --weights none

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from textwrap import dedent
 
 import distill
@@ -22,7 +23,8 @@ DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", ".github/
 SCRIPTS = {"train.py": train, "distill.py": distill, "evaluate.py": evaluate}
 COMPARISON = ".github/comparison.sh fcos 0"
 PHOTOS = f"{COMPARISON} photos"
-TESTED_ELSEWHERE = ("pip install -r requirements.txt", "python -m pytest", COMPARISON, PHOTOS)
+STARTED = f"{COMPARISON} photos imagenet"
+TESTED_ELSEWHERE = ("pip install -r requirements.txt", "python -m pytest", COMPARISON, PHOTOS, STARTED)
 
 
 def blocks(text, language):
@@ -179,12 +181,15 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_pat
     python.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for _ in range(2):  # the second time everything is there already
-        for command in (COMPARISON, PHOTOS):
+        for command in (COMPARISON, PHOTOS, f"{STARTED} --width 0.5"):
             script, *arguments = command.split()
             subprocess.run([ROOT / script, *arguments], cwd=tmp_path, env=environment, check=True)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == len(set(calls)) >= 14
-    assert sum("--data photos --recipe small" in call for call in calls) >= 6
+    assert len(calls) == len(set(calls)) >= 20
+    for flags in ("small", "photos --weights imagenet --width 0.5"):
+        found = [call.split()[2] for call in calls if f"--data photos --recipe {flags}" in call]
+        assert {Path(out).name for out in found} == {"teacher", "conventional", "low-alone"}
+        assert len(found) == 3 and len({Path(out).parent for out in found}) == 1
     for line in calls:
         script, (typed, resumed) = parse(line)
         settings.settle(typed, script.OWN)

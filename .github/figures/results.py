@@ -88,8 +88,10 @@ def tables(found):
     heads = sorted({head for head, _, _ in found}, key=lambda head: ("fcos", "retinanet", head).index(head))
     values = lambda head, folder, branch, key: [100 * e[key] for e in found.get((head, folder, branch), {}).values()]
     known = lambda head, key: max(values(head, "teacher", "high", key), default=-1) >= 0
-    columns = [(head, key) for head in heads for key in ("AP", "APs") if known(head, key)]
-    print("| AP | " + " | ".join(head if key == "AP" else "small" for head, key in columns) + " |")
+    titles = {"AP": "", "AP50": "AP50", "APs": "small"}
+    columns = [(head, key) for head in heads for key in titles if known(head, key)]
+    columns = [(head, key) for head, key in columns if key != "AP50" or head not in ("fcos", "retinanet")]
+    print("| AP | " + " | ".join(titles[key] or head for head, key in columns) + " |")
     print("|---" * (1 + len(columns)) + "|")
     for folder, branch, name in ROWS:
         cells = [mean_and(statistics.stdev, values(head, folder, branch, key), ".1f") for head, key in columns]
