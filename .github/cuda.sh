@@ -45,8 +45,8 @@ everything() {
     if [ $# = 1 ]; then  # the recipe is for hours: the limit stops it
         local accumulate
         accumulate=$(parts)
-        run 120 python "$repo/train.py" --data "$1" --recipe coco --device cuda --weights none --workers 8 --log-every 5 \
-            --accumulate "${accumulate:-1}" --out "$runs/coco"
+        run 120 python "$repo/train.py" --data "$1" --recipe coco --device cuda --weights none --workers 8 \
+            --log-every 5 --accumulate "${accumulate:-1}" --out "$runs/coco"
     fi
     printf '\n%s failed, %s s in all\n' "$failed" "$SECONDS"
     [ "$failed" = 0 ]
