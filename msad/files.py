@@ -5,11 +5,12 @@ import io
 import os
 import pickle
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 try:
     import fcntl
@@ -26,6 +27,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PNG = b"\x89PNG\r\n\x1a\n"
 # A long text or colour profile is no reason to refuse a picture.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
@@ -51,16 +53,15 @@ def read_tensors(path):
 def read_image(path, size=None, remarks=None):
     """A file of any kind PIL knows -> uint8 (3,h,w) RGB, turned upright as its EXIF says, where that can be read.
 
-    Values of more than 8 bits (16- and 32-bit integers, floats) are stretched: a picture's lowest becomes 0, its highest
-    255. Raises InputError if the file cannot be read, or is not of `size` (height, width), upright or as it is stored.
-    What was noticed is added to the list `remarks`.
+    Grey values of more than 8 bits (16- and 32-bit integers, floats) are stretched: a picture's lowest becomes 0, its
+    highest 255. Of 16-bit colours the upper 8 bits are read. Raises InputError if the file cannot be read, or is not of
+    `size` (height, width), upright or as it is stored. What was noticed is added to the list `remarks`.
     """
     remarks = [] if remarks is None else remarks
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
-            image = decode(path, remarks)
-            orientation = read_orientation(image, remarks)
+            image, orientation = decode(path, remarks)
         pixels = to_rgb(image)
     except Exception as error:  # PIL answers damaged files with almost any exception
         raise InputError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from None
@@ -79,32 +80,57 @@ def read_image(path, size=None, remarks=None):
 
 
 def decode(path, remarks):
-    """A picture file -> PIL image, its pixels loaded."""
-    try:
-        image = Image.open(path)
-    except UnidentifiedImageError:  # also of a JPEG whose metadata are damaged, by some versions of Pillow
-        data = Path(path).read_bytes()
-        if not data.startswith(b"\xff\xd8"):
-            raise
-        image = Image.open(io.BytesIO(strip_metadata(data)))
-        remarks.append("with damaged metadata, so not turned")
-    image.filename = ""  # with a name, Pillow maps some files into memory, and mixes up TIFFs that lie on their side
+    """A picture file -> PIL image as it is stored, its pixels loaded, and its orientation as from `read_orientation`."""
+    with open(path, "rb") as file:  # by its name, Pillow would map it into memory, and mix up TIFFs that lie on their side
+        try:
+            return load(file, remarks)
+        except Exception:  # almost any, also where nothing but metadata is damaged
+            file.seek(0)
+            if not file.read(8).startswith((b"\xff\xd8", PNG)):
+                raise
+            file.seek(0)
+            loaded = load(io.BytesIO(strip_metadata(file.read())), remarks)
+    remarks.append("with damaged metadata, so perhaps not turned")
+    return loaded
+
+
+def load(file, remarks):
+    """The same of an open file."""
+    image = Image.open(file)
+    turned = image.getexif().get(0x0112) if image.format == "TIFF" else None
+    wide = ";16" in str(image.tile)
     try:
         image.load()
     except OSError:
         if image.format != "JPEG":
             raise
         # It may lack nothing but the mark at its end. Then no bytes before that mark change a pixel.
-        data = Path(path).read_bytes().rstrip(b"\xff")
+        file.seek(0)
+        data = file.read().rstrip(b"\xff")
         image, other = (Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in (b"", b"\x5a\xa5" * 99))
         if not np.array_equal(np.array(image), np.array(other)):
             raise
         remarks.append("without the mark at the end of their file, so perhaps not in their full quality")
-    return image
+    # Of colours Pillow reads the upper 8 bits. Where values leave these out, hardly anything would be seen.
+    if wide and len(image.getbands()) > 1 and max(high for _, high in image.getextrema()[:3]) < 64:
+        raise ValueError("its 16-bit colours use the lower bits only, which are not read: save it with 8 bits per colour")
+    if turned in TURNS:  # Pillow turns a TIFF itself, and forgets that it did: back to how it is stored
+        return image.transpose(TURNS[{6: 8, 8: 6}.get(turned, turned)]), turned
+    return image, read_orientation(image, remarks)
 
 
 def strip_metadata(data):
-    """The bytes of a JPEG without the segments that no pixel needs: EXIF, profiles, lists of pictures, comments."""
+    """The bytes of a JPEG or PNG without what no pixel needs: profiles, texts, comments, and EXIF, unless that of a PNG
+    is sound."""
+    if data.startswith(PNG):
+        kept, at = bytearray(PNG), len(PNG)
+        while at < len(data):
+            end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+            kind, checksum = data[at + 4 : at + 8], zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big")
+            if kind[:1].isupper() or kind == b"eXIf" and checksum == data[end - 4 : end]:  # capital: no metadata
+                kept += data[at:end]
+            at = end
+        return kept
     kept, at = data[:2], 2
     while data[at : at + 1] == b"\xff" and data[at + 1] != 0xDA:  # until the pixels begin
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")

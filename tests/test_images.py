@@ -128,6 +128,33 @@ def test_12_bit_pnm_and_big_endian_files_are_stretched_too(tmp_path):
     assert_stretched(tmp_path / "c.tif", values)
 
 
+def of_16_bits(kind, values):
+    """A PNG or TIFF of 16-bit colours (h,w,C), written by hand."""
+    height, width, bands = values.shape
+    if kind == "PNG":
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + body
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2)]
+    entries += [(273, 4, 1, 140), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, 2 * values.size), (284, 3, 1, 1)]
+    entries = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<IH", 8, 10) + entries + bytes(4) + struct.pack("<3H", 16, 16, 16) + values.tobytes()
+
+
+@pytest.mark.parametrize("kind, bands", [("PNG", 2), ("PNG", 3), ("PNG", 4), ("TIFF", 3)])
+def test_of_16_bit_colours_the_upper_8_are_read_and_values_below_them_refused(tmp_path, kind, bands):
+    path, values = tmp_path / "a", np.random.default_rng(0).integers(0, 65536, (13, 18, bands)).astype("<u2")
+    values[..., 3:] = 65535
+    path.write_bytes(of_16_bits(kind, values))
+    assert (read(path) == (values[..., :3] if bands > 2 else values[..., [0, 0, 0]]) // 256).all()
+    for bits in (8, 12, 14):
+        narrow = values >> (16 - bits)
+        narrow[..., 3:] = 65535
+        path.write_bytes(of_16_bits(kind, narrow))
+        assert_refused(path, "16-bit colours use the lower bits only")
+
+
 @pytest.mark.parametrize("kind", ["L", "P", "RGB", "RGBA", "I;16", "I", "F"])
 def test_a_tiff_is_turned_upright_however_it_is_stored(tmp_path, kind):
     """Pillow maps plain ones of one channel into memory, and would mix up the pixels of those on their side."""
@@ -298,6 +325,29 @@ def test_a_png_with_large_texts_and_a_large_profile_is_read(tmp_path, zipped):
     assert (read(tmp_path / "a.png") == PIXELS).all()
 
 
+@pytest.mark.parametrize("before_the_pixels", [True, False])
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"gAMA", b"pHYs", b"tIME", b"prVt"])
+def test_a_png_whose_damage_is_in_its_metadata_is_read(tmp_path, kind, before_the_pixels):
+    """A wrong checksum, and a right one over rubbish; a sound orientation beside it counts."""
+    path, sound = tmp_path / "a.png", chunk(b"eXIf", ROTATED.tobytes())
+    png = encoded(Image.fromarray(PIXELS), "PNG")
+    at = 33 if before_the_pixels else len(png) - 12
+    for body in (b"a\0b", b"", b"\0" * 9):
+        whole = chunk(kind, body)
+        wrong = whole[:-1] + bytes([whole[-1] ^ 1])
+        for damaged in (whole, wrong):
+            path.write_bytes(png[:at] + damaged + png[at:])
+            assert (read(path) == PIXELS).all()
+            if kind != b"eXIf":
+                path.write_bytes(png[:33] + sound + png[33:at] + damaged + png[at:])
+                assert (read(path) == np.rot90(PIXELS, -1)).all()
+    path.write_bytes(png[:33] + sound[:-1] + b"?" + png[33:])
+    assert (read(path) == PIXELS).all()
+    for at in (29, png.index(b"IDAT") + 20):  # what is no metadata
+        path.write_bytes(png[:at] + bytes([png[at] ^ 1]) + png[at + 1 :])
+        assert_refused(path)
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_that_lacks_nothing_but_the_mark_at_its_end_is_whole(tmp_path, progressive):
     path = tmp_path / "a.jpg"
@@ -343,13 +393,17 @@ BOTH = "turned as their EXIF says; their boxes would fit the picture as it is st
 STORED = "left as they are stored: their annotations have that size, and not the one EXIF says"
 
 
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_where_two_readings_fit_the_annotations_the_one_that_was_taken_is_remarked(tmp_path, orientation):
+def test_where_two_readings_fit_the_annotations_the_one_that_was_taken_is_remarked(
+    tmp_path, orientation, kind, options
+):
+    """Pillow turns a TIFF, and no other file, while it reads it."""
     block = Image.Exif()
     block[0x0112] = orientation
     across = orientation > 4
     for name, pixels in {"oblong": PIXELS, "square": SQUARE}.items():
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png", exif=block)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png", kind, exif=block, **options)
     turn = UPRIGHT[orientation]
     cases = [  # the file, the annotated size, what is read, what is remarked
         ("oblong", (18, 13) if across else (13, 18), turn(PIXELS), [] if across or orientation == 1 else [BOTH]),
