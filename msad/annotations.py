@@ -232,35 +232,48 @@ def check_files(names, folder, path):
             missing.append(name)
     if missing:
         shown = repr(os.path.join(folder, missing[0]))[1:-1]
-        alike = look_alike(missing[0], folder, present)
+        alike = look_alike(missing[0], folder)
         mend = f"{alike!r} is there: correct the names" if alike else "complete the folder or remove their entries"
         raise InputError(f"{shown}: missing ({len(missing)} of {len(names)} images of {path.name} are); {mend}")
 
 
-def look_alike(name, folder, present):
-    """The name of a file that is there and differs in spelling only: \\ for /, %20, accents, upper case, a path."""
-    plain = unquote(name.replace("\\", "/"))
-    if os.path.isfile(os.path.join(folder, plain)):
-        return plain
-    key = lambda text: unicodedata.normalize("NFC", text).casefold()
-    return next((other for other in sorted(present) if key(other) == key(PurePath(plain).name)), None)
+def look_alike(name, folder):
+    """The name of a file that is there and differs in spelling only: \\ for /, %20, accents, upper case, folders before
+    it."""
+    key = lambda text: unicodedata.normalize("NFC", unquote(text.replace("\\", "/"))).casefold()
+    there = {}
+    for below, _, files in os.walk(folder):
+        for file in sorted(files):
+            other = os.path.normpath(os.path.join(os.path.relpath(below, folder), file))
+            there.setdefault(key(other), other)
+    parts = PurePath(key(name)).parts
+    endings = (os.path.join(*parts[first:]) for first in range(len(parts)))
+    return next((there[ending] for ending in endings if ending in there), None)
 
 
 def check_units(xywh, width, height, path):
     """Raise InputError for boxes (M,4) in images of `width` and `height` (M,) that evidently have other units."""
     x, y, w, h = xywh.T
+    right, lower, count = x + w, y + h, len(xywh)
     mend = "COCO's bbox is [x, y, width, height] in pixels, x and y of the upper left corner"
     fractions = (np.abs(xywh) <= 1).all(1)
-    if fractions.any() and 2 * fractions.sum() > len(xywh):
-        raise InputError(f"{path}: {fractions.sum()} of {len(xywh)} boxes lie between 0 and 1, as fractions do; {mend}")
-    leaving = (x + w > 1.02 * width + 2) | (y + h > 1.02 * height + 2)
-    if leaving.sum() < max(5, len(xywh) / 5):
+    if fractions.any() and 2 * fractions.sum() > count:
+        raise InputError(f"{path}: {fractions.sum()} of {count} boxes lie between 0 and 1, as fractions do; {mend}")
+    if count >= 20 and min(width.min(), height.min()) >= 200:
+        if 90 < min(right.max(), lower.max()) and max(right.max(), lower.max()) <= 100.5:
+            raise InputError(f"{path}: all {count} boxes lie between 0 and 100, as percentages do; {mend}")
+    leaving = (right > 1.02 * width + 2) | (lower > 1.02 * height + 2)
+    if leaving.sum() < max(3, count / 5):
         return
+    larger = (((x >= width) | (y >= height)).sum() >= count / 5) & (np.minimum(x, y) >= -1)
     inside = (x + w / 2 <= width + 1) & (y + h / 2 <= height + 1) & (x - w / 2 >= -1) & (y - h / 2 >= -1)
     likely = {
         "x1, y1, x2, y2": (w > x) & (h > y) & (w <= width + 1) & (h <= height + 1),
+        "y1, x1, y2, x2": (w > x) & (h > y) & (w <= height + 1) & (h <= width + 1),
         "centre x, centre y, width, height": inside,
+        "y, x, height, width": (lower <= width + 1) & (right <= height + 1),
+        "pixels of a picture twice as large": larger & (right <= 2 * width + 2) & (lower <= 2 * height + 2),
     }
-    for order, fits in likely.items():
-        if fits.sum() >= 0.98 * len(xywh):
-            raise InputError(f"{path}: {leaving.sum()} of {len(xywh)} boxes leave their image, as {order} would; {mend}")
+    for units, fits in likely.items():
+        if fits.sum() >= 0.98 * count:
+            raise InputError(f"{path}: {leaving.sum()} of {count} boxes leave their image, as {units} would; {mend}")
