@@ -77,13 +77,14 @@ def resize(image, size, low=""):
     if low and not enlarged:
         planes = [Image.fromarray(plane.cpu().numpy()).resize(size[::-1], Image.Resampling.HAMMING) for plane in image]
         return torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]).to(image.device)
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    pixels = image.cpu() if image.dtype == torch.uint8 else image  # no other device resizes bytes, and floats are large
+    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].to(image.device)
 
 
 def list_pictures(pictures):
     """One picture or several, in the forms that `picture_to_tensor` takes -> a list."""
     single = isinstance(pictures, Image.Image) or isinstance(pictures, (np.ndarray, torch.Tensor)) and pictures.ndim < 4
-    return [pictures] if single else list(pictures)
+    return [pictures] if single or not hasattr(pictures, "__iter__") else list(pictures)
 
 
 def picture_to_tensor(picture):
@@ -94,9 +95,9 @@ def picture_to_tensor(picture):
     came = f"a {type(picture).__name__}"
     if isinstance(picture, (np.ndarray, torch.Tensor)):
         came += f" {tuple(picture.shape)} of {picture.dtype}"
-    if isinstance(picture, np.ndarray) and picture.dtype.kind in "uif" and picture.ndim in (2, 3):
+    if isinstance(picture, np.ndarray) and picture.dtype.str[1:] in ("u1", "f2", "f4", "f8") and picture.ndim in (2, 3):
         planes = picture if picture.ndim == 3 else picture[..., None]
-        picture = torch.from_numpy(planes.transpose(2, 0, 1).copy())
+        picture = torch.from_numpy(np.array(planes.transpose(2, 0, 1), picture.dtype.newbyteorder("=")))
     fits = torch.is_tensor(picture) and picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.numel()
     if not fits or not (picture.dtype == torch.uint8 or picture.is_floating_point()):
         raise ValueError(

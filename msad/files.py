@@ -80,8 +80,8 @@ def read_image(path, size=None, remarks=None):
 
 
 def decode(path, remarks):
-    """A picture file -> PIL image as it is stored, its pixels loaded, and its orientation as from `read_orientation`."""
-    with open(path, "rb") as file:  # by its name, Pillow would map it into memory, and mix up TIFFs that lie on their side
+    """A picture file -> PIL image as it is stored, with its pixels, and its orientation as from `read_orientation`."""
+    with open(path, "rb") as file:  # given a name, Pillow maps some into memory, and mixes up TIFFs that lie on their side
         try:
             return load(file, remarks)
         except Exception:  # almost any, also where nothing but metadata is damaged
@@ -113,7 +113,7 @@ def load(file, remarks):
         remarks.append("without the mark at the end of their file, so perhaps not in their full quality")
     # Of colours Pillow reads the upper 8 bits. Where values leave these out, hardly anything would be seen.
     if wide and len(image.getbands()) > 1 and max(high for _, high in image.getextrema()[:3]) < 64:
-        raise ValueError("its 16-bit colours use the lower bits only, which are not read: save it with 8 bits per colour")
+        raise ValueError("its 16-bit colours use the lower bits only, which are not read: save 8 bits per colour")
     if turned in TURNS:  # Pillow turns a TIFF itself, and forgets that it did: back to how it is stored
         return image.transpose(TURNS[{6: 8, 8: 6}.get(turned, turned)]), turned
     return image, read_orientation(image, remarks)

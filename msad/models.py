@@ -182,14 +182,13 @@ class Detector(nn.Module):
             # only where no coordinate is negative.
             lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
             keep = batched_nms(boxes - lowest, scores, labels, self.head.nms_threshold)
-            keep = keep[:max_detections]
             # From the branch's frame to the original image's.
             height, width = (side * self.frame_scales[branch] for side in size)
             boxes = clip_boxes_to_image(boxes[keep], (height, width))
             boxes[:, 0::2] *= original[1] / width
             boxes[:, 1::2] *= original[0] / height
             wanted = (boxes[:, 2:] > boxes[:, :2]).all(1) & (scores[keep] >= threshold)
-            (wanted,) = wanted.nonzero(as_tuple=True)
+            wanted = wanted.nonzero()[:max_detections, 0]
             keep = keep[wanted]
             results.append({"boxes": boxes[wanted], "scores": scores[keep], "labels": labels[keep]})
         return results

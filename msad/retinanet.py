@@ -44,6 +44,13 @@ class RetinaNetHead(nn.Module):
         # A cell's anchors (9,2) as width, height in strides. A buffer, to be on the model's device without a copy.
         self.register_buffer("sides", object_scale * torch.tensor(sides), persistent=False)
 
+    def _apply(self, *arguments, **keywords):
+        """What moves a model, or makes its parameters less precise, only moves the anchors."""
+        sides = self.sides
+        super()._apply(*arguments, **keywords)
+        self.sides = sides.to(self.sides.device)
+        return self
+
     def forward(self, pyramid):
         """Five maps (N,C,h,w) -> a dict: `logits` (N,R,K), `deltas` (N,R,4) from the anchors, `sizes` [(h,w)]."""
         logits = [heads.flatten_cells(self.cls_logits(self.cls_tower(x)), self.classes) for x in pyramid]
@@ -98,7 +105,7 @@ class RetinaNetHead(nn.Module):
     def anchor_boxes(self, sizes):
         """All anchors (R,4) in H's pixels, around the upper left corners of the cells."""
         corners, strides = align.cells(sizes, self.sides.device)
-        half = self.sides.float() * strides[:, None, None] / 2  # of a model of any precision
+        half = self.sides * strides[:, None, None] / 2
         return torch.cat([corners[:, None] - half, corners[:, None] + half], dim=-1).flatten(0, 1)
 
 

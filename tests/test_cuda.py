@@ -23,7 +23,7 @@ from test_processes import random_batch
 from torchvision.ops import box_iou
 
 from msad import annotations, checkpoint, evaluation, models, processes, run
-from msad.data import CocoDataset
+from msad.data import CocoDataset, resize
 
 DEVICES = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = pytest.mark.skipif(not DEVICES, reason="no CUDA device here")
@@ -71,6 +71,15 @@ def test_outputs_losses_and_gradients_equal_the_cpu_s(device, kind, head, norm):
     """To four digits; TF32 would have three."""
     for found, wanted, share in zip(step(kind, head, norm, device), step(kind, head, norm, "cpu"), (1e-4, 1e-4, 1e-3)):
         assert_close(found, wanted, share)
+
+
+@pytest.mark.parametrize("low", ["", "area", "nearest"])
+@pytest.mark.parametrize("size", [(90, 120), (400, 520)])
+def test_a_picture_on_the_device_is_resized_as_on_the_cpu(device, size, low):
+    picture = torch.randint(256, (3, 300, 400), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert resize(picture.to(device), size, low).cpu().equal(resize(picture, size, low))
+    found, wanted = resize(picture.to(device) / 255, size, low).cpu(), resize(picture / 255, size, low)
+    assert (found - wanted).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -100,6 +100,14 @@ def test_boxes_are_clipped_to_the_image_and_dropped_outside_it(kind):
     assert found["labels"].tolist() == [1, 2, 0] and found["scores"].tolist() == pytest.approx([0.9, 0.6, 0.5])
 
 
+def test_boxes_outside_the_image_take_no_place_among_the_most_wanted():
+    outside = [[200 + 50 * i, 10, 240 + 50 * i, 50] for i in range(3)]
+    inside = [[20, 20, 40, 40], [60, 20, 90, 40]]
+    model = plant(tiny_model("high"), outside + inside, [0] * 5, [0.9, 0.8, 0.7, 0.6, 0.5])
+    (found,) = model.detect([torch.rand(3, 100, 180)], resize=False, max_detections=2)
+    assert found["boxes"].tolist() == inside
+
+
 def loop_nms(boxes, labels, scores, threshold=0.6):
     """Indices that class-wise NMS keeps, best first."""
 

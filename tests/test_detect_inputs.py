@@ -51,6 +51,7 @@ def test_every_form_of_a_picture_is_read_alike_by_every_model(reader, size):
         array,
         np.asfortranarray(array),
         array[::-1][::-1],
+        array.astype(">u1"),
         Image.fromarray(array),
     ]
     floats = [
@@ -58,6 +59,8 @@ def test_every_form_of_a_picture_is_read_alike_by_every_model(reader, size):
         (tensor.double() / 255),
         array / 255,
         (array / 255).astype(np.float32),
+        (array / 255).astype(">f4"),
+        (array / 255).astype(">f8"),
         (tensor / 255).requires_grad_(),
     ]
     coarse = [(tensor / 255).half(), (tensor / 255).bfloat16(), (array / 255).astype(np.float16)]
@@ -124,6 +127,13 @@ REFUSED = {  # what came, and how it is called
     "int64, NumPy": (SMALL.astype(int), "a ndarray (50, 60, 3) of int64 is no picture"),
     "int8": (SMALL.astype(np.int8), "a ndarray (50, 60, 3) of int8 is no picture"),
     "16 bits": (SMALL.astype(np.uint16), "a ndarray (50, 60, 3) of uint16 is no picture"),
+    "16 bits, big-endian": (SMALL.astype(">u2"), "a ndarray (50, 60, 3) of >u2 is no picture"),
+    "extended precision": (SMALL / np.longdouble(255), "a ndarray (50, 60, 3) of "),
+    "texts": (SMALL.astype(str), "is no picture"),
+    "nothing": (None, "a NoneType is no picture"),
+    "a number": (3, "a int is no picture"),
+    "a number, NumPy": (np.float32(3), "a float32 is no picture"),
+    "a number, PyTorch": (torch.tensor(3.0), "a Tensor () of torch.float32 is no picture"),
     "a mask": (SMALL > 9, "a ndarray (50, 60, 3) of bool is no picture"),
     "complex": (SMALL * 1j, "a ndarray (50, 60, 3) of complex128 is no picture"),
     "a tensor (h,w,3)": (ROW.permute(1, 2, 0), "a Tensor (50, 60, 3) of torch.float32 is no picture"),

@@ -15,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import distill
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import train
 from folders import draw_rectangles
 from helpers import tiny_config, tiny_model
@@ -26,7 +28,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from msad import annotations, checkpoint, distillation, models, processes, run
+from msad import annotations, checkpoint, data, distillation, models, processes, run
 from msad.data import Batch
 
 CUDA = torch.device("cuda:0")
@@ -216,6 +218,25 @@ def test_detection_stays_on_the_device_until_its_boxes_are_chosen(monkeypatch, k
         with processes.autocast(CUDA, "bf16"):
             model.detect_batch(images, [(128, 150), (99, 192)], [(50, 60), (70, 80)], model.branches)
     assert decoded == list(model.branches) and watch.copies == []
+
+
+@pytest.mark.parametrize("low", ["", "area", "nearest"])
+@pytest.mark.parametrize("size", [(40, 60), (20, 30), (80, 120)])
+def test_bytes_on_the_device_are_resized_where_pytorch_can(monkeypatch, size, low):
+    """Its kernel for CUDA knows no bytes, and floats of a large photo would be large."""
+    resized, interpolate = [], F.interpolate
+
+    def note(images, *arguments, **keywords):
+        resized.append((images.dtype, images.device.type))
+        return interpolate(images, *arguments, **keywords)
+
+    monkeypatch.setattr(F, "interpolate", note)
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape, np.uint8))  # a fake one has none
+    with fake_cuda(monkeypatch):
+        image = data.resize(torch.empty(3, 40, 60, dtype=torch.uint8, device=CUDA), size, low)
+    half = 2 if low else 1
+    assert image.device == CUDA and image.shape == (3, size[0] // half, size[1] // half)
+    assert set(resized) <= {(torch.uint8, "cpu")} and (resized or size[0] == 40 or low == "area")
 
 
 def test_the_script_for_a_gpu_makes_calls_that_the_scripts_understand(tmp_path):

@@ -28,7 +28,7 @@ def notes_lines():
     text = (ROOT / ".github" / "NOTES.md").read_text()
     first, onnx = re.findall(r"```python\n((?:from fractions|session =).*?)```", text, re.S)
     imports, load, find = first.split("\n\n")
-    assert len(find.splitlines()) <= 10 and len(load.splitlines()) <= 2
+    assert len(find.splitlines()) <= 11 and len(load.splitlines()) <= 2
     return imports, load, find, onnx
 
 
@@ -87,9 +87,8 @@ def rows(detections):
 
 
 def assert_same(found, expected, tolerance):
-    """The same boxes, scores and labels, whatever the order of near ties. Boxes outside the picture have no area."""
-    inside = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)
-    ours, theirs = rows({key: found[key][inside] for key in ("boxes", "scores", "labels")}), rows(expected)
+    """The same boxes, scores and labels, whatever the order of near ties."""
+    ours, theirs = rows({key: found[key] for key in ("boxes", "scores", "labels")}), rows(expected)
     assert len(ours) == len(theirs) > 10
     difference = (ours[:, None] - theirs[None]).abs().amax(-1)
     assert difference.amin(0).max() < tolerance and difference.amin(1).max() < tolerance

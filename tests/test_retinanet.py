@@ -1,5 +1,6 @@
 """The RetinaNet head against torchvision's generator, matcher, coder, losses and layers, and against cases by hand."""
 
+import copy
 import itertools
 import math
 
@@ -62,6 +63,17 @@ def torchvision_anchors(magnified):
     generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
     strides = [[torch.tensor(magnified * stride)] * 2 for stride in align.STRIDES]
     return torch.cat(generator.grid_anchors(SIZES, strides)) / magnified
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_anchors_are_the_same_in_a_model_of_any_precision(dtype):
+    head = RetinaNetHead(32, 3, 64, 1, 0.3)
+    sizes = [(4, 3), (2, 2), (1, 1), (1, 1), (1, 1)]
+    wanted = head.anchor_boxes(sizes)
+    model = torch.nn.Sequential(head).to(dtype)
+    assert head.box_pred.weight.dtype == dtype and head.anchor_boxes(sizes).equal(wanted)
+    assert copy.deepcopy(model).float()[0].anchor_boxes(sizes).equal(wanted)
+    assert model.to("meta")[0].anchor_boxes(sizes).is_meta
 
 
 def test_anchors_are_torchvisions_without_its_rounding_to_pixels():
