@@ -117,8 +117,8 @@ def check_teacher(settings, out, teacher, checksum, saved):
             f"--fpn-channels {settings.fpn_channels}: the teacher's pyramid has {teacher.config.fpn_channels}; only "
             "equal ones can be distilled (--kd 0 trains without)"
         )
-    if Path(settings.teacher).resolve().parent == out.resolve():
-        raise InputError(f"--out {out}: the teacher is in there; choose another folder for the student")
+    if Path(settings.teacher).resolve() == (out / "last.pt").resolve():
+        raise InputError(f"--out {out}: the teacher is in there as last.pt; choose another folder for the student")
     if saved:
         with blamed(out / "last.pt"):
             evaluation.table(saved["training"]["teacher"])  # its numbers are shown again

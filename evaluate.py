@@ -12,6 +12,7 @@
 """
 
 import json
+import signal
 from pathlib import Path
 
 import torch
@@ -173,18 +174,22 @@ def export_network(args, model, branch):
 def look_at_images(args, model, columns, out, autocast):
     """Run on pictures without annotations: write what the model finds and, with --draw, what that looks like."""
     found, names, failed = [], [], []
-    for number, path, image in pictures.read_all(args.images):
-        seen = pictures.look(image, columns, autocast)
-        found.append((len(names), list(seen.values())[-1]))
-        names.append(path.name)
-        if args.draw:
-            try:
-                pictures.save(pictures.strip(image, seen, model.config.classes, args.threshold), out, number, path)
-            except Exception as error:  # whatever it is, what was found must not be lost for it
-                failed.append(str(error))
-    results = [e | {"file_name": e["image_id"]} for e in coco_results(found, names, model.config.classes)]
-    write_json(out / "detections.json", results)
-    print(f"{list(columns)[-1]}: {len(results)} detections in {len(names)} picture(s)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends like Ctrl-C
+    try:
+        for number, path, image in pictures.read_all(args.images):
+            seen = pictures.look(image, columns, autocast)
+            found.append((len(names), list(seen.values())[-1]))
+            names.append(path.name)
+            if args.draw:
+                try:
+                    pictures.save(pictures.strip(image, seen, model.config.classes, args.threshold), out, number, path)
+                except Exception as error:  # whatever it is, the next is drawn
+                    failed.append(str(error))
+    finally:  # whatever ends it, Ctrl-C too, what was found must not be lost for it
+        if names:
+            results = [e | {"file_name": e["image_id"]} for e in coco_results(found, names, model.config.classes)]
+            write_json(out / "detections.json", results)
+            print(f"{list(columns)[-1]}: {len(results)} detections in {len(names)} picture(s)")
     if args.draw:
         print(f"drawn: {len(names) - len(failed)} pictures, scores from {args.threshold:g}, in {out}")
     if failed:

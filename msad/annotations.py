@@ -10,7 +10,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from urllib.parse import unquote
 
@@ -45,6 +45,7 @@ class Annotations:
     areas: np.ndarray  # (M,) float32, as annotated, which decides between small, medium and large
     crowd: np.ndarray  # (M,) bool
     skipped: Counter  # reason -> number of entries left out
+    told: set = field(default_factory=set)  # what was printed about the pictures
 
     def __len__(self):
         return len(self.image_ids)

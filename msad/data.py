@@ -5,6 +5,8 @@ Boxes are in pixels of the high-resolution input, always. A low-resolution data 
 at half that size and still gives boxes in high-resolution pixels.
 """
 
+import multiprocessing.queues
+import os
 import random
 import signal
 import sys
@@ -244,11 +246,14 @@ def train_loader(dataset, multiple, settings, start, device):
         dataset.annotations, settings.batch, settings.seed, start, processes.rank(), processes.world_size()
     )
     images = len(order.trainable) // processes.world_size()
-    return tell_remarks(loader(dataset, order, multiple, settings.workers, device), "training", images)
+    return tell_remarks(loader(dataset, order, multiple, settings.workers, device), dataset.annotations, images)
 
 
 def loader(dataset, batches, multiple, workers, device):
     """A DataLoader over `batches`; workers stay alive, memory is pinned for CUDA."""
+    if workers:  # file descriptors enough for batches on their way, or an OSError now rather than in the midst of things
+        for descriptor in [os.open(os.devnull, os.O_RDONLY) for _ in range(16 + 12 * workers)]:
+            os.close(descriptor)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -261,19 +266,34 @@ def loader(dataset, batches, multiple, workers, device):
     )
 
 
-def tell_remarks(batches, name, images):
-    """Yield batches; once so many images have gone by, print what was noticed about them, with counts."""
+def tell_remarks(batches, annotations, images):
+    """Yield training batches; print what is noticed about their pictures at once, and the count after so many images."""
     noticed, passed = {}, 0
     for batch in batches:
-        noticed |= {index: remark for index, remark in zip(batch.indices, batch.remarks) if remark}
+        tell(annotations, "training", remarks_of(batch), "at least ")
+        noticed |= remarks_of(batch)
         before, passed = passed, passed + len(batch.indices)
-        if noticed and before < images <= passed and processes.is_main():
-            counts = Counter(noticed.values())
-            tqdm.write("".join(f"{name} pictures: {n} {remark}\n" for remark, n in counts.items()), sys.stderr, end="")
+        if before < images <= passed and processes.world_size() == 1:  # else no process knows all
+            tell(annotations, "training", noticed)
         yield batch
+
+
+def remarks_of(batch):
+    """{index: remark} of the pictures about which there is one."""
+    return {index: remark for index, remark in zip(batch.indices, batch.remarks) if remark}
+
+
+def tell(annotations, name, noticed, about=""):
+    """Print, for each remark of {index: remark} once in a run, how many pictures have it."""
+    for remark, count in Counter(noticed.values()).items():
+        if (remark, about) not in annotations.told and processes.is_main():
+            annotations.told.add((remark, about))
+            tqdm.write(f"{name} pictures: {about}{count} {remark}", sys.stderr)
 
 
 def leave_signals(worker):
     """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # What cannot be handed over, for want of file descriptors, would be waited for in vain: the worker ends.
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)

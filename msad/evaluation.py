@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from . import processes
-from .data import eval_batches, loader, pad_to_multiple, tell_remarks
+from .data import eval_batches, loader, pad_to_multiple, remarks_of, tell
 
 PARTS = ("backbone", "fpn", "head")  # of a model, whose cost is told apart
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -35,13 +35,16 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
     found = {branch: [] for branch in branches}
     silent = None if processes.is_main() else True  # None: a bar only on a terminal
     reader = tqdm(loader(dataset, batches, model.multiple, workers, device), "evaluating", leave=False, disable=silent)
-    for data in tell_remarks(reader, "validation", sum(map(len, batches))):
+    noticed = {}
+    for data in reader:
+        noticed |= remarks_of(data)
         originals = [tuple(map(int, dataset.annotations.sizes[i])) for i in data.indices]
         with autocast:
             detections = model.detect_batch(data.images.to(device, non_blocking=True), data.sizes, originals, branches)
         for branch in branches:
             arrays = [{k: v.cpu().numpy() for k, v in d.items()} for d in detections[branch]]
             found[branch] += zip(data.indices, arrays)
+    tell(dataset.annotations, "validation", dict(processes.gather(list(noticed.items()))))
     found = {branch: sorted(processes.gather(pairs), key=lambda pair: pair[0]) for branch, pairs in found.items()}
     return {branch: (coco_metrics(dataset.annotations, pairs), pairs) for branch, pairs in found.items()}
 

@@ -1,6 +1,7 @@
 """Files: what the user gave and cannot be used, tensors and pictures nobody vouches for, and writing without a loss."""
 
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -64,6 +65,8 @@ def read_image(path, size=None, remarks=None):
             image, orientation = decode(path, remarks)
         pixels = to_rgb(image)
     except Exception as error:  # PIL answers damaged files with almost any exception
+        if getattr(error, "errno", 0) == errno.EMFILE:  # too many open files: no fault of this one
+            raise
         raise InputError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from None
     upright = pixels.transpose(TURNS[orientation]) if orientation in TURNS else pixels
     if size is not None and orientation in TURNS:
@@ -179,10 +182,11 @@ def write_tensors(path, content):
 def open_locked(path, mend):
     """A file opened for appending, that no other process can open so until this one ends, however it ends.
 
-    Raises InputError with the mend if one has it open, or if it cannot be written. On Windows nothing is locked.
+    It is to be read through what is returned: closing the file anywhere in this process would unlock it. Raises
+    InputError with the mend if one has it open, or if it cannot be written. On Windows nothing is locked.
     """
     with writing(path, mend):
-        file = open(path, "ab")
+        file = open(path, "a+b")
         try:
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

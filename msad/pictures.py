@@ -8,6 +8,7 @@ text stays readable however small or large the file is.
 import colorsys
 import json
 import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -143,7 +144,9 @@ def read_all(source):
     if not source.exists():
         raise InputError(f"{source}: no such picture or folder")
     try:
-        visible = source.is_dir() and [f for f in source.iterdir() if f.is_file() and not f.name.startswith(".")]
+        visible = source.is_dir() and [
+            f for f in source.iterdir() if (f.is_file() or not f.exists()) and not f.name.startswith(".")
+        ]  # what does not exist is a link to nothing
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     files = sorted(visible) if source.is_dir() else [source]
@@ -165,19 +168,20 @@ def read_all(source):
 
 def save(picture, out, number, file):
     """Write a picture of `file`, the one of that number in its set, into the folder `out`."""
-    stem = file.stem.encode()[:200].decode(errors="ignore")  # a file's name may have 255 bytes, this one's too
+    stem = os.fsencode(file.stem)[:200].decode(errors="ignore")  # a name may have 255 bytes, which may be no UTF-8
     path = Path(out) / f"{number:04d}_{stem}.jpg"
     with writing(path, "choose another --out"):
         picture.save(path, quality=92, subsampling=0)
 
 
-def draw_run(out, annotations, columns, autocast):
+def draw_run(out, log, annotations, columns, autocast):
     """Write OUT/curve.png and OUT/sheet.jpg -> a line that names them. No run fails for a picture's sake.
 
-    `columns` are what is drawn beside the ground truth, as from `readings`.
+    `log` is the run's, open; `columns` are what is drawn beside the ground truth, as from `readings`.
     """
     try:
-        curve(out / "log.jsonl").save(out / "curve.png")
+        log.seek(0)
+        curve(log.read().decode()).save(out / "curve.png")
         sheet(annotations, columns, autocast).save(out / "sheet.jpg", quality=92, subsampling=0)
     except Exception as error:  # whatever it is, the checkpoint is written and the results are known
         return f"pictures could not be drawn ({type(error).__name__}: {error})"
@@ -185,9 +189,9 @@ def draw_run(out, annotations, columns, autocast):
 
 
 def curve(log):
-    """A run's log.jsonl -> a picture: its losses, and AP where it was evaluated, over the iterations."""
+    """The text of a run's log.jsonl -> a picture: its losses, and AP where it was evaluated, over the iterations."""
     losses, scores = {}, {}
-    for line in log.read_text().splitlines():
+    for line in log.splitlines():
         entry = json.loads(line)
         if "branch" in entry:
             scores.setdefault(entry["branch"], []).append((entry["done"], 100 * max(0, entry["AP"])))

@@ -14,7 +14,8 @@ from .files import InputError
 # Memory of sizes that vary from batch to batch is not kept in pieces that fit no other.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 PATIENCE = datetime.timedelta(hours=1)  # until a process that waits for the others gives up: as long as an evaluation
-TORCHRUN = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets beside RANK
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # of CUDA, a CPU, CUDA's libraries
+CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo's words
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,10 +33,11 @@ class Parser(argparse.ArgumentParser):
 def run_script(main):
     """Call a script's `main`, and turn what the user can mend into one line and exit code 2."""
     try:
+        check_environment()
         code = main()
     except InputError as error:
         code = complain(error)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not explain(error):
             raise
         code = complain(explain(error))
@@ -57,16 +59,32 @@ def complain(error):
     return 2
 
 
-def explain(error):
+def explain(error, less_memory="a smaller --batch, --precision bf16, or a device that nobody else uses"):
     """What to do about an error that comes from the machine's limits, or None for any other."""
-    text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return "out of memory: try a smaller --batch, smaller --short-sides and --long-side, or --precision bf16"
+    text = "" if isinstance(error, InputError) else str(error)  # such an error says it itself
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in OUT_OF_MEMORY):
+        return f"out of memory: try {less_memory}"
+    if "Too many open files" in text:
+        return "too few files may be open at a time: raise the limit (ulimit -n), or try fewer --workers"
+    if isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in text for sign in CUT_OFF):
+        return "another process of this run has ended, and says why"
     if "DataLoader worker (pid" in text and "shared memory" in text:
         return "no room in /dev/shm for the processes that read pictures: fewer --workers, or docker run --ipc=host"
     if "DataLoader worker (pid" in text or "DataLoader timed out" in text:  # an error within one names no pid
-        return "a process that reads pictures died: try fewer --workers"
+        return "a process that reads pictures died: try fewer --workers, or a higher limit of open files (ulimit -n)"
     return None
+
+
+def check_environment():
+    """Raise InputError where RANK is set, but not as torchrun sets it and what goes with it."""
+    if "RANK" not in os.environ:
+        return
+    values = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    values["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", "0")
+    right = values["MASTER_ADDR"] and all(v.isdecimal() for name, v in values.items() if name != "MASTER_ADDR")
+    if not right or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        found = " ".join(f"{name}={value}" for name, value in values.items())
+        raise InputError(f"not the environment of torchrun: {found}; start with torchrun, or unset RANK")
 
 
 def start(name):
@@ -75,22 +93,26 @@ def start(name):
     `name` is "cuda", "cpu" or "": CUDA where there is one. Raises InputError for a device that is not there.
     On CUDA fp32 is fp32: convolutions do not round their input to TF32.
     """
-    missing = [variable for variable in TORCHRUN if variable not in os.environ]
-    if "RANK" in os.environ and missing:
-        raise InputError(f"RANK is set but {', '.join(missing)} not: start with torchrun, or unset RANK")
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":  # where a cluster shows every process its own device only, that is number 0
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
+        if explain(error):
+            raise
         raise InputError(f"--device {name}: not there ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives without a tensor of their own take place
         torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
         backend, own = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
-        dist.init_process_group(backend, timeout=PATIENCE, **own)
+        try:
+            dist.init_process_group(backend, timeout=PATIENCE, **own)
+        except (RuntimeError, ValueError) as error:
+            address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{address}: the other processes cannot be joined there ({reason})") from None
     return device
 
 

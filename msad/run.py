@@ -23,6 +23,10 @@ from .files import InputError, blamed, open_locked, writing
 from .models import HEADS
 
 INTERRUPTED = 130  # the exit code of a run that was stopped
+LESS_MEMORY = (
+    "a larger --accumulate, which --resume takes, or, with a new --out, a smaller --batch, smaller --short-sides and "
+    "--long-side, or --precision bf16"
+)
 
 
 def find_checkpoint(out, resume):
@@ -214,7 +218,11 @@ class Run:
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        reason = error and processes.explain(error)
+        self.explain(error)
+
+    def explain(self, error):
+        """Raise InputError with how to go on for an error that comes from the machine's limits."""
+        reason = error and processes.explain(error, LESS_MEMORY)
         if reason:
             raise InputError(f"{reason}; {self.go_on()}") from None
 
@@ -284,7 +292,11 @@ class Run:
     def evaluate(self, done):
         """{branch: metrics} of all of the model's branches, by a folded copy of the model; written to the log."""
         began = time.monotonic()
-        results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
+        try:
+            results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
+        except Exception as error:  # also before and after the iterations
+            self.explain(error)
+            raise
         for branch, metrics in results.items():
             self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
         self.began += time.monotonic() - began  # no time of training
@@ -336,13 +348,13 @@ class Run:
         path = self.out / "last.pt"
         print_table(rows)
         print(f"checkpoint {path}, log {self.out / 'log.jsonl'}")
-        print(pictures.draw_run(self.out, self.validation_set.annotations, columns, self.autocast))
+        print(pictures.draw_run(self.out, self.log, self.validation_set.annotations, columns, self.autocast))
         print(f"next: {shlex.join(['python', *next_command, path.as_posix()])}")
 
 
 def evaluate_all(model, dataset, settings, autocast):
     """{branch: metrics} of all of a model's branches."""
-    images = settings.batch // processes.world_size()
+    images = settings.batch // (processes.world_size() * settings.accumulate)
     found = evaluation.evaluate(model, dataset, model.branches, images, settings.workers, autocast)
     return {branch: metrics for branch, (metrics, _) in found.items()}
 

@@ -83,7 +83,8 @@ CHOICES = {
     "schedule": ("step", "cosine"),
     "precision": ("fp32", "bf16"),
 }
-MAY_CHANGE = ("data", "teacher", "device", "out", "workers", "save_every")  # on --resume: where a run is, not what
+# On --resume: where a run is, not what, and what only a smaller device has need of.
+MAY_CHANGE = ("data", "teacher", "device", "out", "workers", "save_every", "accumulate")
 LEAST = dict.fromkeys(("seed", "workers", "warmup", "lr", "weight_decay", "clip", "kd", "kd_ramp", "width"), 0)
 LEAST["object_scale"] = 0.01  # all other numbers: 1
 ARCHITECTURE = [f.name for f in fields(ModelConfig) if f.name in COCO]

@@ -9,6 +9,7 @@ import shutil
 import struct
 import zlib
 
+import distill
 import evaluate
 import numpy as np
 import pytest
@@ -111,22 +112,27 @@ def test_a_folder_as_annotation_tools_export_it(data):
     succeed(evaluate, "--ckpt", data.parent / "out" / "last.pt", "--device", "cpu")
 
 
-def test_what_was_noticed_about_pictures_is_told_in_a_line_each_with_the_count(data):
+def test_what_was_noticed_about_pictures_is_told_once_with_the_count(data):
     """Orientation 3 in all but one of the training pictures, 6 against the annotations and damage in the others."""
     turned, sideways = Image.Exif(), Image.Exif()
     turned[0x0112], sideways[0x0112] = 3, 6
     blocks = {"train/1": turned, "train/2": turned, "train/3": turned, "val/0": sideways, "val/1": b"Exif\0\0no TIFF"}
     for name, block in blocks.items():
         Image.open(data / f"{name}.png").save(data / f"{name}.png", exif=block)
-    flags = [*TINY, "--data", data, "--out", data.parent / "out", "--iters", 8, "--eval-every", 8, "--workers", 1]
-    code, _, complained = call(train, *flags)
+    flags = [*TINY, "--data", data, "--iters", 8, "--eval-every", 3, "--workers", 1]
+    out = data.parent / "out"
+    code, _, complained = call(train, *flags, "--out", out)
     assert code == 0
+    of_student = call(distill, *flags, "--teacher", out / "last.pt", "--out", data.parent / "student")[2]
     stored = "left as they are stored: their annotations have that size, and not the one EXIF says"
+    turned = "turned as their EXIF says; their boxes would fit the picture as it is stored, too"
     assert complained.splitlines() == [
-        "training pictures: 3 turned as their EXIF says; their boxes would fit the picture as it is stored, too",
+        f"training pictures: at least 2 {turned}",  # in the first batch of two
+        f"training pictures: 3 {turned}",
         f"validation pictures: 1 {stored}",
         "validation pictures: 1 with damaged EXIF, so not turned (SyntaxError)",
     ]
+    assert sorted(of_student.splitlines()) == sorted(complained.splitlines()), "of two models' evaluations, too"
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -229,14 +235,18 @@ def test_every_file_that_can_be_seen_in_a_folder_is_looked_at_or_named(tmp_path)
         Image.fromarray(noise(40, 50, 1)).save(folder / name, kind)
     (folder / "link.png").symlink_to(outside)
     heic = b"\0\0\0\x18ftypheic" + bytes(300)
-    others = {
+    contents = {
         "photo.heic": heic,
         "note.txt": b"hello",
         "empty.png": b"",
         "Thumbs.db": bytes(99),
         "raw.CR2": b"II*\0" + bytes(99),
     }
-    for name, content in others.items():
+    links = {"dangling.png": tmp_path / "nothing.png", "round.png": folder / "round.png"}
+    for name, to in links.items():
+        (folder / name).symlink_to(to)
+    others = [*contents, *links]
+    for name, content in contents.items():
         (folder / name).write_bytes(content)
     (folder / ".hidden.png").write_bytes(outside.read_bytes())
     (folder / "below").mkdir()

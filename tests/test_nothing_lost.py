@@ -2,6 +2,7 @@
 runs for one folder, too few descriptors, workers and processes that end, Ctrl-C, memory that runs out."""
 
 import contextlib
+import datetime
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from PIL import Image
 from scripts import LONG, TINY, assert_same_run, call, complaint, runs, succeed
 from test_processes import torchrun
 
-from msad import checkpoint, data, models, pictures, processes, run
+from msad import checkpoint, data, evaluation, models, pictures, processes, run
 from msad.files import open_locked
 
 NAMES = ("trained", "distilled")
@@ -33,6 +34,10 @@ LOSSES = models.Detector.losses
 
 def done(out):
     return checkpoint.read(out / "last.pt")["training"]["done"]
+
+
+def command(script, out):
+    return f"python {script.__name__}.py --resume --out {out}"
 
 
 def entries(out):
@@ -177,6 +182,7 @@ def test_an_evaluation_that_fails_costs_nothing(uninterrupted, tmp_path, monkeyp
             else:
                 line = complaint(script, *flags)
                 assert ("out of memory" if error == "memory" else "val/0.png: not readable") in line
+                assert (error == "memory") == line.endswith(f"; go on with: {command(script, out)}\n")
             assert done(out) == 13 and [e["iteration"] for e in entries(out)] == list(range(13))
     for path, content in mended.items():
         path.write_bytes(content)
@@ -189,7 +195,8 @@ def test_a_last_evaluation_that_fails_costs_nothing(uninterrupted, tmp_path, mon
     with monkeypatch.context() as patch:
         evaluations = iter((run.evaluate_all, raising(MemoryError())))
         patch.setattr(run, "evaluate_all", lambda *arguments: next(evaluations)(*arguments))
-        assert "out of memory" in complaint(script, *flags, "--out", tmp_path)
+        line = complaint(script, *flags, "--out", tmp_path)
+    assert "out of memory" in line and line.endswith(f"; go on with: {command(script, tmp_path)}\n")
     assert done(tmp_path) == 20
     assert "low @ low" in succeed(script, "--resume", "--out", tmp_path)
     assert_same_run(tmp_path, uninterrupted / "trained")
@@ -236,6 +243,59 @@ def test_what_was_found_is_written_though_a_drawing_fails(photos, tmp_path, monk
     assert len({e["image_id"] for e in json.loads((tmp_path / "detections.json").read_text())}) == 7
 
 
+def interrupted(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+
+
+ENDS = {
+    "Ctrl-C": (raising(KeyboardInterrupt()), 130),
+    "SIGTERM": (interrupted, 130),
+    "memory": (raising(torch.OutOfMemoryError("CUDA out of memory.")), 2),
+    "a fault of the program": (raising(ZeroDivisionError()), None),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_whatever_ends_it_what_was_found_until_then_is_written(photos, tmp_path, monkeypatch, case):
+    accident, expected = ENDS[case]
+    look, calls = pictures.look, []
+
+    def third_time(*arguments):
+        calls.append(None)
+        return accident() if len(calls) == 3 else look(*arguments)
+
+    monkeypatch.setattr(pictures, "look", third_time)
+    flags = ["--ckpt", photos / "model.pt", "--images", photos / "photos", "--out", tmp_path, *LOOK]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        if expected:
+            assert call(evaluate, *flags)[0] == expected
+        else:
+            with pytest.raises(ZeroDivisionError):
+                call(evaluate, *flags)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    names = sorted(path.name for path in (photos / "photos").iterdir())
+    assert {e["image_id"] for e in json.loads((tmp_path / "detections.json").read_text())} == set(names[:2])
+
+
+def test_names_that_are_no_utf_8_are_drawn_written_and_told(photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    names = sorted(map(os.fsdecode, (b"caf\xe9.png", b"\xff\xfe.png", b"\xe9" * 251 + b".png")))
+    for name in names:
+        shutil.copy(photos / "photos" / "a.png", folder / name)
+    (folder / os.fsdecode(b"no \xe9")).write_text("hello")
+    code, printed, complained = call(
+        evaluate, "--ckpt", photos / "model.pt", "--images", folder, "--out", tmp_path / "out", *LOOK
+    )
+    assert code == 0 and "drawn: 3 pictures" in printed and len(list((tmp_path / "out").glob("*.jpg"))) == 3
+    assert complained.startswith(f"left out: {folder}/no ") and "left out: 1 of 4 files" in complained
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert sorted({entry["image_id"] for entry in results}) == names
+
+
 def test_results_on_a_data_set_are_written_before_anything_is_drawn(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "compare", raising(OSError("no")))
     checkpoint.save(tmp_path / "model.pt", tiny_model("low"))
@@ -273,6 +333,7 @@ MOVED = {  # flags, as seen from the folder that all was moved to
     "relative": "--data ./teacher/../data --teacher teacher//last.pt --out student/",
     "through links": "--data {here}/link/data --teacher link/linked.pt --out link/student",
     "a new name for the teacher's file": "--data data --teacher best.pt --out student",
+    "the teacher beside the student": "--data data --teacher student/teacher.pt --out student",
     "a new name for the student": "--data data --teacher teacher/last.pt --out elsewhere/student",
 }
 
@@ -284,7 +345,9 @@ def test_a_student_goes_on_wherever_it_and_its_teacher_have_moved(halted, uninte
     (here / "linked.pt").symlink_to(here / "teacher" / "last.pt")
     if "teacher's file" in case:
         (here / "teacher" / "last.pt").rename(here / "best.pt")
-    if "student" in case:
+    if "beside" in case:
+        (here / "teacher" / "last.pt").rename(here / "student" / "teacher.pt")
+    if "new name for the student" in case:
         (here / "elsewhere").mkdir()
         (here / "student").rename(here / "elsewhere" / "student")
     monkeypatch.chdir(here)
@@ -352,6 +415,27 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path
     assert sorted(listing(out)) == ["curve.png", "last.pt", "log.1.jsonl", "log.jsonl", "sheet.jpg"]
 
 
+def test_a_folder_is_in_use_while_its_log_is_drawn(uninterrupted, tmp_path):
+    script, flags = runs(uninterrupted)["trained"]
+    sheet, out = pictures.sheet, tmp_path / "out"
+
+    def change():
+        def draw(*arguments):
+            assert (out / "curve.png").exists()
+            (tmp_path / "waits").touch()
+            while not (tmp_path / "go").exists():
+                time.sleep(0.005)
+            return sheet(*arguments)
+
+        pictures.sheet = draw
+
+    process = Process(tmp_path, script, *flags, "--out", out, change=change)
+    process.wait_until((tmp_path / "waits").exists)
+    assert "in use by another run" in complaint(script, *flags, "--out", out)
+    (tmp_path / "go").touch()
+    assert process.end()[0] == 0 and (out / "sheet.jpg").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_ended_in_any_way_leaves_its_folder_to_the_next_at_once(uninterrupted, tmp_path, number):
     script, flags = runs(uninterrupted)["trained"]
@@ -389,6 +473,36 @@ def test_a_batch_needs_few_file_descriptors(squares, tmp_path):
     assert code == 0 and done(tmp_path / "out") == 3, lines
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_too_few_file_descriptors_are_one_line_at_once(squares, tmp_path, workers):
+    """However few, the run ends well or with its line."""
+    codes = []
+    for room in (2, 8, 10, 14, 16, 24, 32, 64):
+
+        def limit():
+            least = len(os.listdir("/proc/self/fd")) - 1 + room
+            resource.setrlimit(resource.RLIMIT_NOFILE, (least, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+        (folder := tmp_path / str(room)).mkdir()
+        flags = [*TINY, "--data", squares, "--res", "low", "--batch", 16, "--workers", workers, "--iters", 1]
+        code, lines = Process(folder, train, *flags, "--out", folder / "out", change=limit).end(60)
+        codes.append(code)
+        assert not any("Traceback" in line for line in lines), "\n".join(lines)
+        expected = "error: too few files may be open at a time: raise the limit (ulimit -n), or try fewer --workers"
+        assert code == 0 and "next:" in lines[-1] or code == 2 and lines[-1].startswith(expected), (room, lines)
+    assert codes[-1] == 0 and (codes[0] == 2 or workers == 0)
+
+
+def test_what_a_worker_cannot_hand_over_is_not_waited_for(squares, tmp_path):
+    def change():
+        data.collate = lambda items, multiple: (item for item in items)  # no process can send this to another
+
+    flags = [*TINY, "--data", squares, "--res", "low", "--workers", 1, "--iters", 3, "--out", tmp_path / "out"]
+    code, lines = Process(tmp_path, train, *flags, change=change).end(60)
+    assert code == 2 and lines[-1].startswith("error: a process that reads pictures died: "), lines
+    assert not any("Traceback" in line for line in lines)
+
+
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -406,9 +520,9 @@ def sleep_for_ever(*_):
 
 
 WORKERS = {  # what befalls a worker -> the line, and how long a batch is waited for
-    "dies": (die, "error: a process that reads pictures died: try fewer --workers; there is no checkpoint yet", 900),
+    "dies": (die, "error: a process that reads pictures died: try fewer --workers, or a higher limit", 900),
     "raises": (raise_input_error, ".png: is upside down", 900),
-    "runs out of memory": (raise_memory_error, "error: out of memory: try a smaller --batch", 900),
+    "runs out of memory": (raise_memory_error, "error: out of memory: try a larger --accumulate", 900),
     "hangs": (sleep_for_ever, "error: a process that reads pictures died", 1),
 }
 
@@ -467,7 +581,9 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, failing_ran
         both.append(Process(tmp_path / str(rank), train, *flags, change=change, RANK=str(rank), **environment))
     code, lines = both[failing_rank].end(60)
     assert code == 2 and expected in lines[-1], "\n".join(lines)
-    both[1 - failing_rank].kill()
+    code, lines = both[1 - failing_rank].end(60)
+    assert code == 2 and lines[-1].startswith("error: another process of this run has ended, and says why"), lines
+    assert not any("Traceback" in line for line in lines)
     if fault == "the folder":
         log.close()
 
@@ -479,23 +595,39 @@ def test_torchrun_ends_a_job_at_once_when_one_process_fails(tmp_path):
     assert done(tmp_path / "out") == 2, "saved before the evaluation"
 
 
-ALONE = ({"RANK": "0"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+NOT_TORCHRUN = [{"RANK": "0"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}]
+NOT_TORCHRUN += [WHOLE | {name: ""} for name in WHOLE]
+NOT_TORCHRUN += [WHOLE | {name: "x"} for name in (*WHOLE, "LOCAL_RANK") if name != "MASTER_ADDR"]
+NOT_TORCHRUN += [WHOLE | change for change in ({"RANK": "-1"}, {"RANK": "2"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "1.5"})]
 
 
-@pytest.mark.parametrize("environment", ALONE)
+@pytest.mark.parametrize("environment", NOT_TORCHRUN)
 @pytest.mark.parametrize("script", [train, distill, evaluate])
-def test_rank_without_the_rest_of_torchrun_s_environment(uninterrupted, tmp_path, monkeypatch, script, environment):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+def test_rank_in_an_environment_that_is_not_torchrun_s(uninterrupted, tmp_path, monkeypatch, script, environment):
+    for name in (*WHOLE, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     flags = {train: [*TINY, "--data", uninterrupted / "data", "--out", tmp_path / "out"]}
     flags[distill] = [*flags[train], "--teacher", uninterrupted / "teacher" / "last.pt"]
     flags[evaluate] = ["--ckpt", uninterrupted / "trained" / "last.pt"]
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    found = " ".join(f"{name}={environment.get(name, '')}" for name in WHOLE)
+    found += f" LOCAL_RANK={environment.get('LOCAL_RANK', 0)}"
     line = complaint(script, *flags[script])
-    assert line == f"error: RANK is set but {', '.join(missing)} not: start with torchrun, or unset RANK\n"
+    assert line == f"error: not the environment of torchrun: {found}; start with torchrun, or unset RANK\n"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"MASTER_PORT": "99999"}, {"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}])
+def test_where_no_other_process_can_be_met(uninterrupted, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(processes, "PATIENCE", datetime.timedelta(seconds=1))
+    environment = WHOLE | change
+    flags = ["--ckpt", uninterrupted / "trained" / "last.pt"]
+    code, lines = Process(tmp_path, evaluate, *flags, **environment).end(60)
+    address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    assert code == 2 and lines[-1].startswith(f"error: {address}: the other processes cannot be joined there ("), lines
+    assert not any("Traceback" in line for line in lines)
 
 
 # Ctrl-C.
@@ -540,6 +672,8 @@ OUT_OF_MEMORY = {
     "of a device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),
     "of PyTorch's on a CPU": RuntimeError("[alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
     "of Python's": MemoryError(),
+    "of a device, another one's": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+    "of a library": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "of NumPy's": MemoryError("Unable to allocate 3.00 GiB for an array with shape (1, 2) and data type float64"),
 }
 
@@ -562,11 +696,48 @@ def test_memory_that_runs_out_is_one_line_with_what_helps(uninterrupted, tmp_pat
         patch.setattr(models.Detector, "losses", losses)
         line = complaint(script, *flags, "--out", out)
     assert line.startswith("error: out of memory: ")
-    assert all(flag in line for flag in ("--batch", "--short-sides", "--long-side", "--precision bf16"))
+    assert "a larger --accumulate, which --resume takes" in line
+    new = line.partition("with a new --out")[2]
+    assert all(flag in new for flag in ("--batch", "--short-sides", "--long-side", "--precision bf16"))
     if step < 4:
         assert line.endswith("; there is no checkpoint yet\n") and not (out / "last.pt").exists()
     else:
         assert line.endswith(f"; go on with: python {script.__name__}.py --resume --out {out}\n") and done(out) == 4
+
+
+def test_a_run_that_was_out_of_memory_goes_on_in_more_parts(uninterrupted, tmp_path, monkeypatch):
+    script, flags = runs(uninterrupted)["trained"]
+    batches, steps = [], []
+
+    def losses(model, outputs, boxes, labels):
+        batches.append(len(boxes))
+        if len(boxes) == 4 and len(batches) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return LOSSES(model, outputs, boxes, labels)
+
+    monkeypatch.setattr(models.Detector, "losses", losses)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: steps.append(arguments[3]) or {})
+    monkeypatch.setattr(run.Run, "report", lambda *_: None)
+    assert "--accumulate" in complaint(script, *flags, "--batch", 4, "--out", tmp_path)
+    batches.clear()
+    assert "--accumulate 3: must divide" in complaint(script, "--resume", "--accumulate", 3, "--out", tmp_path)
+    code, _, complained = call(script, "--resume", "--accumulate", 2, "--out", tmp_path)
+    assert code == 0, complained
+    assert batches == 32 * [2] and steps == [2, 2], "16 iterations; evaluation takes no more at a time"
+    assert checkpoint.read(tmp_path / "last.pt")["training"]["settings"]["accumulate"] == 2
+
+
+def test_memory_that_runs_out_before_the_run_or_in_evaluate_is_one_line_with_flags_there_are(
+    uninterrupted, tmp_path, monkeypatch
+):
+    script, flags = runs(uninterrupted)["trained"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", raising(OUT_OF_MEMORY["of a device, another one's"]))
+        lines = [complaint(script, *flags, "--device", "cuda", "--out", tmp_path)]
+    monkeypatch.setattr(evaluation, "evaluate", raising(OUT_OF_MEMORY["of a device"]))
+    lines.append(complaint(evaluate, "--ckpt", uninterrupted / "trained" / "last.pt", "--device", "cpu"))
+    for line in lines:
+        assert line == "error: out of memory: try a smaller --batch, --precision bf16, or a device that nobody else uses\n"
 
 
 def test_another_error_is_no_lack_of_memory(uninterrupted, tmp_path, monkeypatch):

@@ -341,7 +341,7 @@ def test_a_log_becomes_a_line_for_each_branch(tmp_path, monkeypatch):
 
     colors = []
     monkeypatch.setattr(pictures, "chart", note)
-    pictures.curve(tmp_path / "log.jsonl")
+    pictures.curve((tmp_path / "log.jsonl").read_text())
     losses = {"loss": [(0, 6), (10, 16)], "low": [(0, 3), (10, 13)], "kd": [(0, 3), (10, 3)]}
     assert charts == [(losses, "loss", 11), ({"low": [(11, 25)], "high": [(11, 0)]}, "AP", 11)]
     assert colors[0]["low"] == colors[1]["low"] and len({*colors[0].values(), *colors[1].values()}) == 4
