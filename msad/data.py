@@ -251,7 +251,7 @@ def train_loader(dataset, multiple, settings, start, device):
 
 def loader(dataset, batches, multiple, workers, device):
     """A DataLoader over `batches`; workers stay alive, memory is pinned for CUDA."""
-    if workers:  # file descriptors enough for batches on their way, or an OSError now rather than in the midst of things
+    if workers:  # file descriptors enough for batches on their way, or an OSError now rather than later
         for descriptor in [os.open(os.devnull, os.O_RDONLY) for _ in range(16 + 12 * workers)]:
             os.close(descriptor)
     return DataLoader(

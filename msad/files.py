@@ -84,7 +84,7 @@ def read_image(path, size=None, remarks=None):
 
 def decode(path, remarks):
     """A picture file -> PIL image as it is stored, with its pixels, and its orientation as from `read_orientation`."""
-    with open(path, "rb") as file:  # given a name, Pillow maps some into memory, and mixes up TIFFs that lie on their side
+    with open(path, "rb") as file:  # given a name, Pillow maps some into memory, and mixes up turned TIFFs
         try:
             return load(file, remarks)
         except Exception:  # almost any, also where nothing but metadata is damaged

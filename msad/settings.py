@@ -2,7 +2,7 @@
 
 A value is what was typed, else what is inherited (a student's data, sizes and architecture are its teacher's), else the
 script's own default, else the recipe's. A resumed run takes all of them from its checkpoint and refuses to be told
-otherwise, except where things are.
+otherwise, except where things are, and in how many parts a batch is computed.
 """
 
 import argparse

@@ -596,10 +596,17 @@ def test_torchrun_ends_a_job_at_once_when_one_process_fails(tmp_path):
 
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-NOT_TORCHRUN = [{"RANK": "0"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}]
+NOT_TORCHRUN = [
+    {"RANK": "0"},
+    {"RANK": "1"},
+    {"RANK": "0", "WORLD_SIZE": "2"},
+    {"RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+]
 NOT_TORCHRUN += [WHOLE | {name: ""} for name in WHOLE]
 NOT_TORCHRUN += [WHOLE | {name: "x"} for name in (*WHOLE, "LOCAL_RANK") if name != "MASTER_ADDR"]
-NOT_TORCHRUN += [WHOLE | change for change in ({"RANK": "-1"}, {"RANK": "2"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "1.5"})]
+NOT_TORCHRUN += [
+    WHOLE | change for change in ({"RANK": "-1"}, {"RANK": "2"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "1.5"})
+]
 
 
 @pytest.mark.parametrize("environment", NOT_TORCHRUN)
@@ -737,7 +744,9 @@ def test_memory_that_runs_out_before_the_run_or_in_evaluate_is_one_line_with_fla
     monkeypatch.setattr(evaluation, "evaluate", raising(OUT_OF_MEMORY["of a device"]))
     lines.append(complaint(evaluate, "--ckpt", uninterrupted / "trained" / "last.pt", "--device", "cpu"))
     for line in lines:
-        assert line == "error: out of memory: try a smaller --batch, --precision bf16, or a device that nobody else uses\n"
+        assert (
+            line == "error: out of memory: try a smaller --batch, --precision bf16, or a device that nobody else uses\n"
+        )
 
 
 def test_another_error_is_no_lack_of_memory(uninterrupted, tmp_path, monkeypatch):

@@ -89,7 +89,9 @@ def test_distilling_needs_a_teacher_that_fits(home, tmp_path):
     assert "--kd -1.0" in complaint(distill, *flags, "--teacher", teacher, "--kd", -1)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.pt"))
     before = teacher.read_bytes()
-    assert "the teacher is in there as last.pt" in complaint(distill, *flags, "--teacher", teacher, "--out", home / "teacher")
+    assert "the teacher is in there as last.pt" in complaint(
+        distill, *flags, "--teacher", teacher, "--out", home / "teacher"
+    )
     assert teacher.read_bytes() == before
 
 
