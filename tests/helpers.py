@@ -24,6 +24,8 @@ def tiny_model(kind, seed=0, **changes):
     model = build(tiny_config(kind, **changes))
     randomize(model)
     with torch.no_grad():
+        for tower in (model.head.cls_tower, model.head.box_tower):
+            tower[0].weight.normal_(std=0.01)  # small maps, so that RetinaNet's scores are not all 0 or 1
         model.head.cls_logits.weight.normal_(std=0.5)
         model.head.cls_logits.bias.fill_(-2)
         model.head.box_pred.weight.normal_(std=0.3)

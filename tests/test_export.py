@@ -1,4 +1,4 @@
-"""Exported networks: the notes' lines run with them, and find what the model itself finds."""
+"""Exported networks: the README's lines run with them, and find what the model itself finds."""
 
 import json
 import re
@@ -23,13 +23,14 @@ CASES = [
 ]  # fmt: skip
 
 
-def notes_lines():
-    """The notes' imports, what loads a .pt2, what finds objects in a picture, and what loads an .onnx."""
-    text = (ROOT / ".github" / "NOTES.md").read_text()
-    first, onnx = re.findall(r"```python\n((?:from fractions|session =).*?)```", text, re.S)
+def shown_lines():
+    """The README's imports, what loads a .pt2, what finds objects in a picture, and what loads an .onnx in the notes."""
+    (first,) = re.findall(r"```python\n(from fractions.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (onnx,) = re.findall(r"```python\n(session =.*?)```", (ROOT / ".github" / "NOTES.md").read_text(), re.S)
     imports, load, find = first.split("\n\n")
-    assert len(find.splitlines()) <= 11 and len(load.splitlines()) <= 2
-    return imports, load, find, onnx
+    assert len(find.splitlines()) == 10
+    network, about, picture = load.splitlines()
+    return imports, f"{network}\n{about}", f"{picture}\n{find}", onnx
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,9 @@ def picture(size, seed):
     return blocks.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def loaded_by_notes(suffix):
-    """What the notes' imports and the lines that load a file leave behind, run in the current folder."""
-    imports, load, _, load_onnx = notes_lines()
+def loaded_as_shown(suffix):
+    """What the README's imports and the lines that load a file leave behind, run in the current folder."""
+    imports, load, _, load_onnx = shown_lines()
     names = {}
     exec(imports, names)
     if suffix == ".onnx":
@@ -72,11 +73,11 @@ def loaded_by_notes(suffix):
     return names
 
 
-def found_by_notes(loaded, size, seed, **others):
-    """What the notes' lines for a picture leave behind. `others` stand in for what was loaded."""
+def found_as_shown(loaded, size, seed, **others):
+    """What the README's lines for a picture leave behind. `others` stand in for what was loaded."""
     picture(size, seed).save("picture.png")
     names = loaded | others
-    exec(notes_lines()[2], names)
+    exec(shown_lines()[2], names)
     return names
 
 
@@ -95,19 +96,19 @@ def assert_same(found, expected, tolerance):
 
 
 def expected_of(model, branch, names):
-    """What the model finds in the pixels that the notes' lines made, in the picture's own."""
+    """What the model finds in the pixels that the README's lines made, in the picture's own."""
     (expected,) = model.detect(names["pixels"][0], branch, resize=False)
     scale = torch.tensor(names["picture"].size) / torch.tensor(names["size"])
     return expected | {"boxes": expected["boxes"] * scale.repeat(2)}
 
 
 @pytest.mark.parametrize("head, kind, branch", CASES)
-def test_the_notes_s_lines_find_what_the_model_finds(export, monkeypatch, head, kind, branch):
+def test_the_lines_shown_find_what_the_model_finds(export, monkeypatch, head, kind, branch):
     model, folder = export(head, kind, branch, ".pt2")
     monkeypatch.chdir(folder)
-    loaded = loaded_by_notes(".pt2")
+    loaded = loaded_as_shown(".pt2")
     for size in SIZES:
-        several = [found_by_notes(loaded, size, seed) for seed in range(3)]
+        several = [found_as_shown(loaded, size, seed) for seed in range(3)]
         for names in several:
             # Not a pixel differs where Pillow resizes for both, and hardly one where PyTorch does for the model.
             resized = model.resized(torch.from_numpy(np.array(names["picture"])).permute(2, 0, 1))
@@ -117,7 +118,7 @@ def test_the_notes_s_lines_find_what_the_model_finds(export, monkeypatch, head, 
             assert_same(names, expected_of(model, branch, names), 1e-4)
         # Three pictures at once, by kernels that round otherwise.
         boxes, scores = loaded["network"](torch.cat([names["pixels"] for names in several]))
-        together = found_by_notes(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
+        together = found_as_shown(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
         assert_same(together, expected_of(model, branch, several[2]), 1e-3)
 
 
@@ -127,13 +128,13 @@ def test_onnxruntime_finds_the_same(export, monkeypatch, head):
         pytest.importorskip(package, reason=f"{package} is not installed")
     model, folder = export(head, "low", "low", ".onnx")
     monkeypatch.chdir(folder)
-    loaded = loaded_by_notes(".onnx")
+    loaded = loaded_as_shown(".onnx")
     for size in SIZES:
-        several = [found_by_notes(loaded, size, seed) for seed in range(3)]
+        several = [found_as_shown(loaded, size, seed) for seed in range(3)]
         for names in several:
             assert_same(names, expected_of(model, "low", names), 0.01)
         boxes, scores = loaded["network"](torch.cat([names["pixels"] for names in several]))
-        together = found_by_notes(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
+        together = found_as_shown(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
         assert_same(together, expected_of(model, "low", several[2]), 0.01)
     session = loaded["session"]
     assert [(i.name, i.type) for i in session.get_inputs()] == [("images", "tensor(uint8)")]
