@@ -73,13 +73,13 @@ def draw_picture(seed):
     for _ in range(draw.randint(3, 8)):
         size = math.exp(draw.uniform(*map(math.log, SIZES)))
         label = draw.randrange(len(CLASSES))
-        outline, holes = _polygons(CLASSES[label], size, math.radians(draw.uniform(-25, 25)))
-        low, high = outline.min(0), outline.max(0)
+        polygons = _polygons(CLASSES[label], size, math.radians(draw.uniform(-25, 25)))
+        low, high = polygons[0].min(0), polygons[0].max(0)
         position = [draw.uniform(2 - a, SIDE - 2 - b) for a, b in zip(low, high)]
         box = (*(low + position), *(high + position))
         if any(_covered(box, other) > 0.35 for _, other in objects):
             continue
-        _paint(canvas, outline + position, [hole + position for hole in holes], rng, draw)
+        _paint(canvas, [polygon + position for polygon in polygons], rng, draw)
         objects.append((label, tuple(map(float, box))))
     blur = ImageFilter.GaussianBlur(draw.uniform(0, 1.5))  # no lens is perfectly in focus
     canvas = np.asarray(Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).filter(blur)).astype(np.float64)
@@ -114,13 +114,12 @@ def _background(rng):
     return np.asarray(canvas).astype(np.float64)
 
 
-def _paint(canvas, outline, holes, rng, draw):
+def _paint(canvas, polygons, rng, draw):
     """Blend one shape into the canvas, in a colour that stands out from what is there by a random contrast."""
     mask = Image.new("L", (SIDE * OVERSAMPLING,) * 2)
     pen = ImageDraw.Draw(mask)
-    pen.polygon([tuple(p) for p in (outline * OVERSAMPLING).tolist()], fill=255)
-    for hole in holes:
-        pen.polygon([tuple(p) for p in (hole * OVERSAMPLING).tolist()], fill=0)
+    for polygon, fill in zip(polygons, (255, 0)):
+        pen.polygon((polygon * OVERSAMPLING).flatten().tolist(), fill)
     alpha = np.asarray(mask.reduce(OVERSAMPLING))[..., None] / 255
     beneath = canvas[alpha[..., 0] > 0.5].mean(0)
     direction = rng.normal(size=3)
@@ -131,20 +130,15 @@ def _paint(canvas, outline, holes, rng, draw):
 
 
 def _polygons(name, size, tilt):
-    """Outline (P,2) and holes [(Q,2)] of a shape around the origin, in pixels."""
+    """The outline (P,2) of a shape around the origin, in pixels, and its hole if it has one."""
     circle = _regular(40)
     square = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.9
+    triangle = _regular(3, start=-math.pi / 2)
     star = _regular(10, start=-math.pi / 2) * np.tile([1, 0.45], 5)[:, None]
-    outline, holes = {
-        "disk": (circle, []),
-        "ring": (circle, [circle * 0.5]),
-        "square": (square, []),
-        "frame": (square, [square * 0.5]),
-        "triangle": (_regular(3, start=-math.pi / 2), []),
-        "star": (star, []),
-    }[name]
+    outlines = {"disk": circle, "ring": circle, "square": square, "frame": square, "triangle": triangle, "star": star}
     rotation = np.array([(math.cos(tilt), math.sin(tilt)), (-math.sin(tilt), math.cos(tilt))]) * size / 2
-    return outline @ rotation, [hole @ rotation for hole in holes]
+    outline = outlines[name] @ rotation
+    return [outline, 0.5 * outline] if name in ("ring", "frame") else [outline]
 
 
 def _regular(corners, start=0.0):
