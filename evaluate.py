@@ -64,7 +64,10 @@ def main():
     if not args.res and (args.images or args.export):
         branches = list(model.branches[:1])
     if args.export:
-        return export_network(args, model, branches[0]) if processes.is_main() else None
+        if processes.is_main():
+            takes = export.save(args.export, model, branches[0], args.precision or "fp32")
+            print(f"written to {args.export}: {model.config.kind} @ {branches[0]}; {takes}")
+        return None
     columns = pictures.readings(model.config.kind, model, branches)
     if args.teacher:
         teacher = checkpoint.load(args.teacher, device, want="teacher")
@@ -94,7 +97,8 @@ def main():
     if args.json:
         write_json(args.json, found, indent=1)
     if args.detections:
-        write_json(args.detections, coco_results(results[branches[0]][1], annotations.image_ids, model.config.classes))
+        detections, category_ids = results[branches[0]][1], [c["id"] for c in model.config.classes]
+        write_json(args.detections, evaluation.coco_results(detections, annotations.image_ids, category_ids))
     if args.draw:
         indices = pictures.spread(annotations, args.draw)
         for index in indices:
@@ -145,30 +149,10 @@ def print_numbers(model, branch, numbers, per_class):
             print(f"  {name:20} {evaluation.percent(value):>6}")
 
 
-def coco_results(found, image_ids, classes):
-    """[(index, detections)] -> COCO's result format, with the ids of images and categories that the data has."""
-    return [
-        {
-            "image_id": image_ids[index],
-            "category_id": classes[label]["id"],
-            "bbox": evaluation.to_xywh(box),
-            "score": float(score),
-        }
-        for index, detections in found
-        for box, label, score in zip(detections["boxes"], detections["labels"], detections["scores"])
-    ]
-
-
 def write_json(path, content, indent=None):
-    with writing(path, "choose another place"):
+    with writing(path):
         Path(path).write_text(json.dumps(content, indent=indent))
     print(f"written to {path}")
-
-
-def export_network(args, model, branch):
-    """Write a branch of the model to a file that needs no checkpoint, and tell what that file takes."""
-    takes = export.save(args.export, model, branch, args.precision or "fp32")
-    print(f"written to {args.export}: {model.config.kind} @ {branch}; {takes}")
 
 
 def look_at_images(args, model, columns, out, autocast):
@@ -187,7 +171,8 @@ def look_at_images(args, model, columns, out, autocast):
                     failed.append(str(error))
     finally:  # whatever ends it, Ctrl-C too, what was found must not be lost for it
         if names:
-            results = [e | {"file_name": e["image_id"]} for e in coco_results(found, names, model.config.classes)]
+            results = evaluation.coco_results(found, names, [c["id"] for c in model.config.classes])
+            results = [entry | {"file_name": entry["image_id"]} for entry in results]
             write_json(out / "detections.json", results)
             print(f"{list(columns)[-1]}: {len(results)} detections in {len(names)} picture(s)")
     if args.draw:

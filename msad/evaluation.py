@@ -60,11 +60,7 @@ def coco_metrics(annotations, detections):
         {"image_id": i, "category_id": label, "bbox": to_xywh(box), "area": area, "iscrowd": crowd}
         for i, label, box, area, crowd in zip(*(column.tolist() for column in columns))
     ]
-    results = [
-        {"image_id": i, "category_id": label, "bbox": to_xywh(box), "score": score}
-        for i, d in detections
-        for label, box, score in zip(*(d[name].tolist() for name in ("labels", "boxes", "scores")))
-    ]
+    results = coco_results(detections, range(len(annotations)), range(len(annotations.classes)))
     for entry in results:
         entry["area"] = entry["bbox"][2] * entry["bbox"][3]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -81,9 +77,18 @@ def coco_metrics(annotations, detections):
     return dict(zip(METRICS, map(float, evaluation.stats))) | {"classes": classes}
 
 
+def coco_results(detections, image_ids, category_ids):
+    """[(index, detections)] -> COCO's result format, with the ids of the images and of the classes."""
+    return [
+        {"image_id": image_ids[i], "category_id": category_ids[label], "bbox": to_xywh(box), "score": score}
+        for i, found in detections
+        for label, box, score in zip(*(found[name].tolist() for name in ("labels", "boxes", "scores")))
+    ]
+
+
 def to_xywh(box):
-    """One box (x1,y1,x2,y2) -> [x, y, width, height] as Python floats, COCO's convention."""
-    x1, y1, x2, y2 = map(float, box)
+    """One box (x1,y1,x2,y2) -> [x, y, width, height], COCO's convention."""
+    x1, y1, x2, y2 = box
     return [x1, y1, x2 - x1, y2 - y1]
 
 
