@@ -17,7 +17,7 @@ from msad.annotations import check_classes
 from msad.data import CocoDataset, open_data, train_loader
 from msad.files import InputError, blamed
 from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, evaluate_all, find_checkpoint, open_folder
-from msad.run import print_header, print_table, set_learning_rate, start
+from msad.run import print_header, set_learning_rate, start
 from msad.settings import inherit, model_config, parse_flags, resume_settings, settle
 
 OWN = {  # settings of this script alone: their values, and a line of help
@@ -68,7 +68,7 @@ def main():
     print_header(settings, student, train, val, device, out)
     results = saved["training"]["teacher"] if saved else evaluate_all(teacher, high_set, settings, autocast)
     rows = {f"teacher @ {branch}": metrics for branch, metrics in results.items()}
-    print_table(rows)
+    processes.say(evaluation.table(rows))
     kept = {"teacher": results, "teacher_checksum": checksum}
     run = Run("distill.py", out, log, settings, student, optimizer, low_set, autocast, saved, **kept)
     # Padded as H, of which L is made here.
@@ -139,8 +139,7 @@ def new_student(settings, teacher):
     if settings.weights not in ("teacher", "none"):
         checkpoint.load_weights(student, settings.weights)
         line += f"; then from --weights {settings.weights}"
-    if processes.is_main():
-        print(f"student   {line}")
+    processes.say(f"student   {line}")
     return student
 
 

@@ -69,7 +69,7 @@ TORCHVISION |= {"head.regression_head.bbox_ctrness.": "head.centerness."}
 def save(path, model, training=None):
     """Write a checkpoint. Raises InputError; what stood there before is then untouched."""
     if model.is_folded:
-        raise InputError(f"{path}: a folded model cannot be saved, its BatchNorm is gone; save the one it was made from")
+        raise InputError(f"{path}: a folded model cannot be saved, its BatchNorm is gone; save the one it came from")
     content = {"msad": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "training": training}
     write_tensors(path, content)
 
@@ -89,11 +89,7 @@ def read(path, want=None):
     A file of the authors' gives the same. One of their students holds its teacher too: `want="teacher"` gives that.
     With `want`, a model of another kind is refused.
     """
-    return described(read_tensors(path), path, want)
-
-
-def described(content, path, want=None):
-    """As `read`, of what the file at `path` holds."""
+    content = read_tensors(path)
     if isinstance(content, dict) and content.get("msad") == FORMAT:
         with blamed(path):
             content = {"training": None} | content | {"config": ModelConfig(**content["config"])}
@@ -133,12 +129,11 @@ def load_weights(model, weights):
         ours = isinstance(content, dict) and "msad" in content
         if not ours and state_of(content, source)[1] != "detector":
             return load_backbone(model, content, source)
-        other = restore(described(content, weights), weights)
+        other = load(weights)
         check_architecture(source, config, other.config, ("backbone", "width"))
         same = config.head == other.config.head, config.classes == other.config.classes
         line = start_from(model, other.state_dict(), "" if all(same) else "head.cls_logits." if same[0] else "head.")
-    if processes.is_main():
-        print(f"weights   {source}: taken {line}", flush=True)
+    processes.say(f"weights   {source}: taken {line}")
 
 
 def check_architecture(source, config, other, names):
@@ -207,7 +202,7 @@ def load_backbone(model, content, source):
     classifier = {key: tensor for key, tensor in state.items() if key.startswith(("fc.", "classifier."))}
     expected |= {key: Expected(shape_of(tensor), "", "the classifier") for key, tensor in classifier.items()}
     used = take(state, expected, f"{source}: {origin} ImageNet weights for {name} of width {width:g}")
-    model.backbone.load_state_dict(cut(used, model.backbone) if origin == "slimmable" else used)
+    model.backbone.load_state_dict(cut(used, model.backbone))
 
 
 def download(name, weights):
@@ -325,9 +320,8 @@ def take(state, expected, what):
         raise InputError(f"{what}: tensor {faults[0]}{more}")
     used = {expected[n].ours: tensor for n, tensor in state.items() if not expected[n].dropped}
     dropped = Counter(expected[n].dropped for n in state if expected[n].dropped)
-    if processes.is_main():
-        counts = ", ".join(f"{count} ({why})" for why, count in dropped.items()) or "none"
-        print(f"weights   {what}: {len(used)} tensors used; dropped: {counts}", flush=True)
+    counts = ", ".join(f"{count} ({why})" for why, count in dropped.items()) or "none"
+    processes.say(f"weights   {what}: {len(used)} tensors used; dropped: {counts}")
     return used
 
 

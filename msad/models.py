@@ -137,29 +137,27 @@ class Detector(nn.Module):
         groups = {}
         for index, image in enumerate(inputs):
             groups.setdefault(self.padded_size(image.shape[-2:]), []).append(index)
-        results = [None] * len(images)
+        results, limits = [None] * len(images), {"threshold": threshold, "max_detections": max_detections}
         for members in groups.values():
             batch = pad_to_multiple([inputs[i] for i in members], self.multiple).to(self.mean.device)
             sizes = [tuple(inputs[i].shape[-2:]) for i in members]
             originals = [tuple(images[i].shape[-2:]) for i in members]
-            found = self.detect_batch(batch, sizes, originals, [branch], threshold, max_detections)
+            found = self.detect_batch(batch, sizes, originals, [branch], **limits)
             for index, detections in zip(members, found[branch]):
                 results[index] = detections
         return results
 
     @torch.no_grad()
-    def detect_batch(
-        self, images, sizes, originals, branches, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE
-    ):
+    def detect_batch(self, images, sizes, originals, branches, **limits):
         """A padded batch (N,3,H,W) at the network's size -> {branch: one dict per image}, boxes in `originals`' pixels.
 
-        `sizes` and `originals` are [(height, width)] of the images within the batch and of their files.
+        `sizes` and `originals` are [(height, width)] of the images within the batch and of their files, `limits`
+        threshold and max_detections as in `detect`.
         """
         if self.training:
             raise RuntimeError("detect needs the model in eval mode: call model.eval() first")
         outputs = self.predict(self.pyramids(self.normalize(images, sizes), branches))
-        limits = threshold, max_detections
-        return {branch: self.postprocess(outputs[branch], branch, sizes, originals, *limits) for branch in branches}
+        return {branch: self.postprocess(outputs[branch], branch, sizes, originals, **limits) for branch in branches}
 
     def postprocess(self, outputs, branch, sizes, originals, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
         """One branch's outputs -> one dict of detections per image, as in `detect_batch`."""

@@ -35,14 +35,15 @@ def run_script(main):
     try:
         check_environment()
         code = main()
-    except InputError as error:
-        code = complain(error)
-    except Exception as error:
-        if not explain(error):
-            raise
-        code = complain(explain(error))
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        reason = str(error) if isinstance(error, InputError) else explain(error)
+        if not reason:
+            raise
+        # A worker process wraps an InputError in its traceback: the last line is ours.
+        print(f"error: {reason.split('InputError: ')[-1].strip()}", file=sys.stderr)
+        code = 2
     if dist.is_initialized() and code:
         # Others may wait for this process in a collective: it leaves at once, and torchrun ends them.
         sys.stdout.flush()
@@ -51,12 +52,6 @@ def run_script(main):
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
-
-
-def complain(error):
-    """Print the one line of a mistake -> exit code 2. A worker process wraps it in its traceback: the last line is ours."""
-    print(f"error: {str(error).split('InputError: ')[-1].strip()}", file=sys.stderr)
-    return 2
 
 
 def explain(error, less_memory="a smaller --batch, --precision bf16, or a device that nobody else uses"):
@@ -156,6 +151,12 @@ def world_size():
 
 def is_main():
     return rank() == 0
+
+
+def say(line):
+    """Print a line, by the main process alone."""
+    if is_main():
+        print(line, flush=True)
 
 
 def barrier():

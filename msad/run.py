@@ -146,12 +146,6 @@ def level_shares(config, annotations, short_side, long_side, device, object_scal
     return torch.cat(owned, dim=1).float().mean(dim=1).tolist()
 
 
-def print_table(rows):
-    """{row: metrics}, by the main process."""
-    if processes.is_main():
-        print(evaluation.table(rows), flush=True)
-
-
 def build_optimizer(model, settings):
     """SGD or AdamW over all parameters; normalisation layers have no weight decay."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
@@ -164,18 +158,16 @@ def build_optimizer(model, settings):
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
-def learning_rate(settings, iteration):
+def set_learning_rate(optimizer, settings, iteration):
     """Linear warm-up, then steps at 2/3 and 8/9 of the run, or a cosine to 0."""
     warm = min(1.0, 0.001 + 0.999 * iteration / settings.warmup) if settings.warmup else 1.0
     done = iteration / settings.iters
     if settings.schedule == "cosine":
-        return settings.lr * warm * (1 + math.cos(math.pi * done)) / 2
-    return settings.lr * warm * 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
-
-
-def set_learning_rate(optimizer, settings, iteration):
+        decay = (1 + math.cos(math.pi * done)) / 2
+    else:
+        decay = 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(settings, iteration)
+        group["lr"] = settings.lr * warm * decay
 
 
 def check_finite(iteration, numbers):
@@ -285,8 +277,8 @@ class Run:
             self.save(done)  # before an evaluation, which may fail
         if evaluate:
             self.evaluate(done)
-        if stop and processes.is_main():
-            print(f"\nstopped after {done} iterations; {self.go_on()}")
+        if stop:
+            processes.say(f"\nstopped after {done} iterations; {self.go_on()}")
         return stop
 
     def evaluate(self, done):
@@ -346,7 +338,7 @@ class Run:
         if not processes.is_main():
             return
         path = self.out / "last.pt"
-        print_table(rows)
+        print(evaluation.table(rows))
         print(f"checkpoint {path}, log {self.out / 'log.jsonl'}")
         print(pictures.draw_run(self.out, self.log, self.validation_set.annotations, columns, self.autocast))
         print(f"next: {shlex.join(['python', *next_command, path.as_posix()])}")

@@ -134,8 +134,8 @@ def settle(typed, own, inherited=None):
     photos = count_images(data) if count else shapes.TRAIN
     if not name:
         name = "small" if not data else "photos" if photos < MANY else "coco"
-        if data and processes.is_main():
-            print(f"recipe    {name}, chosen for {photos} training photos; --recipe takes another")
+        if data:
+            processes.say(f"recipe    {name}, chosen for {photos} training photos; --recipe takes another")
     recipe = RECIPES[name]
     settings = Namespace(**recipe | known | {"recipe": name})
     if "batch" in typed and "lr" not in typed:
