@@ -69,7 +69,7 @@ TORCHVISION |= {"head.regression_head.bbox_ctrness.": "head.centerness."}
 def save(path, model, training=None):
     """Write a checkpoint. Raises InputError; what stood there before is then untouched."""
     if model.is_folded:
-        raise InputError(f"{path}: a folded model cannot be saved, its BatchNorm is gone; save the one it came from")
+        raise InputError(f"{path}: a folded model cannot be saved, its BatchNorm is gone; save the one it was made from")
     content = {"msad": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "training": training}
     write_tensors(path, content)
 
