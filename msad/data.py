@@ -25,7 +25,6 @@ from tqdm import tqdm
 from . import annotations, processes, shapes
 from .files import InputError, read_image, to_rgb, writing
 
-
 SHAPES = "data/shapes"  # the drawn set, in the folder a script is called from
 PATIENCE = 900  # seconds without a batch after which a run gives up on the processes that read pictures
 
@@ -146,10 +145,8 @@ class CocoDataset(Dataset):
 
     def __init__(self, annotations, short_sides, long_side, low="", flip=False):
         self.annotations = annotations
-        self.short_sides = short_sides
-        self.long_side = long_side
-        self.low = low
-        self.flip = flip
+        self.short_sides, self.long_side = short_sides, long_side
+        self.low, self.flip = low, flip
 
     def __len__(self):
         return len(self.annotations)
@@ -190,9 +187,8 @@ def collate(items, multiple):
     """
     images, boxes, labels, indices, remarks = map(list, zip(*items))
     sizes, counts = [tuple(image.shape[1:]) for image in images], [len(b) for b in boxes]
-    return Batch(
-        pad_to_multiple(images, multiple), sizes, torch.cat(boxes), torch.cat(labels), counts, indices, remarks
-    )
+    padded = pad_to_multiple(images, multiple)
+    return Batch(padded, sizes, torch.cat(boxes), torch.cat(labels), counts, indices, remarks)
 
 
 class TrainBatches:
@@ -242,11 +238,10 @@ def eval_batches(dataset, batch, multiple, rank=0, processes=1):
 
 def train_loader(dataset, multiple, settings, start, device):
     """This process's part of every batch from iteration `start` on, without an end."""
-    order = TrainBatches(
-        dataset.annotations, settings.batch, settings.seed, start, processes.rank(), processes.world_size()
-    )
-    images = len(order.trainable) // processes.world_size()
-    return tell_remarks(loader(dataset, order, multiple, settings.workers, device), dataset.annotations, images)
+    rank, count = processes.rank(), processes.world_size()
+    order = TrainBatches(dataset.annotations, settings.batch, settings.seed, start, rank, count)
+    batches = loader(dataset, order, multiple, settings.workers, device)
+    return tell_remarks(batches, dataset.annotations, len(order.trainable))
 
 
 def loader(dataset, batches, multiple, workers, device):

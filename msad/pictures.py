@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
@@ -122,8 +122,7 @@ def panel(image, found, classes, label, threshold=THRESHOLD, side=SIDE):
 
     font = ImageFont.load_default(min(16, 8 + side // 60))
     head = round(1.6 * font.size)
-    canvas = Image.new("RGB", (picture.width, picture.height + head), PAPER)
-    canvas.paste(picture, (0, head))
+    canvas = ImageOps.expand(picture, (0, head, 0, 0), PAPER)
     ImageDraw.Draw(canvas).text((0, 0.4 * head), label, INK, font, anchor="lm")
     return canvas
 
@@ -205,7 +204,8 @@ def curve(log):
     right = max([1] + [x for line in (losses | scores).values() for x, _ in line])
     order = list(dict.fromkeys(["fused", "high", "low", *losses, *scores]))
     hues = {name: INK if name == "loss" else color(order.index(name)) for name in order}
-    return tile([chart(losses, hues, "loss over iterations", right), chart(scores, hues, "AP over iterations", right)], 1)
+    charts = [chart(losses, hues, "loss over iterations", right), chart(scores, hues, "AP over iterations", right)]
+    return tile(charts, 1)
 
 
 def chart(lines, hues, title, right, size=(1000, 380)):
@@ -228,7 +228,7 @@ def chart(lines, hues, title, right, size=(1000, 380)):
     for name, line in reversed(lines.items()):
         pen.line([at(*point) for point in line], hues[name], 2 * fine, joint="curve")
         if len(line) == 1:
-            (x2, y2) = at(*line[0])
+            x2, y2 = at(*line[0])
             pen.ellipse([x2 - 4 * fine, y2 - 4 * fine, x2 + 4 * fine, y2 + 4 * fine], hues[name])
         text = f"{name} {line[-1][1]:.1f}"
         x -= font.getlength(text)

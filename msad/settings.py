@@ -213,7 +213,6 @@ def inherit(teacher, path):
         stored = training.get("settings", {})
         for name in ("data", "recipe", "short_sides"):
             if name in stored:
-                value = list(stored[name]) if isinstance(stored[name], tuple) else stored[name]
-                check_stored(name, value, COCO[name])
-                inherited[name] = value
+                check_stored(name, stored[name], COCO[name])
+                inherited[name] = stored[name]
     return inherited
