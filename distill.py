@@ -122,12 +122,11 @@ def check_teacher(settings, out, teacher, checksum, saved):
     if saved:
         with blamed(out / "last.pt"):
             evaluation.table(saved["training"]["teacher"])  # its numbers are shown again
-            same = saved["training"]["teacher_checksum"] == checksum
-        if not same:
-            raise InputError(
-                f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; put that one back (a later "
-                "train.py renamed it to last.1.pt), or start a new --out"
-            )
+            if saved["training"]["teacher_checksum"] != checksum:
+                raise InputError(
+                    f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; put that one back (a "
+                    "later train.py renamed it to last.1.pt), or start a new --out"
+                )
 
 
 def new_student(settings, teacher):

@@ -131,10 +131,9 @@ def data_of(args, content):
         raise InputError(f"{args.ckpt}: does not say what it was trained on; give --data DIR")
     with blamed(args.ckpt):
         folder = content["training"]["settings"]["data"]
-        moved = folder and not Path(folder).is_dir()
-    if moved:
-        raise InputError(f"{folder}: no such folder; {args.ckpt} was trained on it: say with --data where it is now")
-    return folder
+        if folder and not Path(folder).is_dir():
+            raise InputError(f"{folder}: no such folder; {args.ckpt} was trained on it: --data says where it is now")
+        return folder
 
 
 def print_numbers(model, branch, numbers, per_class):

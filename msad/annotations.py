@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from .files import InputError
+from .files import InputError, accessing
 
 # What a field may hold: the words for it, and the test. JSON knows no difference between 3 and 3.0.
 WHOLE = "a whole number", lambda v: type(v) is int or type(v) is float and v.is_integer()
@@ -119,10 +119,8 @@ def read(data, split):
 
 def read_bytes(path):
     """What a file holds. Raises InputError."""
-    try:
+    with accessing(path, "cannot be read"):
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def load_json(path):
@@ -219,10 +217,8 @@ def index_by_id(ids, key, path):
 
 def check_files(names, folder, path):
     """Raise InputError unless every name is one of a file in the folder, or in folders below it or linked there."""
-    try:
+    with accessing(folder, "cannot be read"):
         present = set(os.listdir(folder))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
     missing = []
     for name in names:
         if name in present:

@@ -206,9 +206,14 @@ def blamed(path, fault="a damaged checkpoint"):
 
 
 @contextlib.contextmanager
-def writing(path, mend="choose another place"):
-    """A failure to write what the user asked for is one line, an InputError."""
+def accessing(path, fault, mend=""):
+    """What the system refuses with a file or folder of the user's is one line, an InputError."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); {mend}") from None
+        raise InputError(f"{path}: {fault} ({error.strerror or error}){mend}") from None
+
+
+def writing(path, mend="choose another place"):
+    """The same of a failure to write what the user asked for."""
+    return accessing(path, "cannot be written", f"; {mend}")

@@ -21,7 +21,7 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 from . import processes
-from .files import InputError, read_image, writing
+from .files import InputError, accessing, read_image, writing
 
 THRESHOLD = 0.4  # score below which nothing is drawn
 TAGS = 100  # of a panel, for the best
@@ -139,16 +139,15 @@ def read_all(source):
     Files of a folder that cannot be read are left out with a line each, and counted; only hidden ones are passed over.
     InputError if nothing is left.
     """
-    source, left_out = Path(source), 0
+    source = Path(source)
     if not source.exists():
         raise InputError(f"{source}: no such picture or folder")
-    try:
-        visible = source.is_dir() and [
-            f for f in source.iterdir() if (f.is_file() or not f.exists()) and not f.name.startswith(".")
-        ]  # what does not exist is a link to nothing
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
-    files = sorted(visible) if source.is_dir() else [source]
+    files, left_out = [source], 0
+    if source.is_dir():
+        with accessing(source, "cannot be read"):
+            visible = [file for file in source.iterdir() if not file.name.startswith(".")]
+            # What does not exist is a link to nothing, which counts as a file that cannot be read.
+            files = sorted(file for file in visible if file.is_file() or not file.exists())
     for number, path in enumerate(tqdm(files, "looking", leave=False, disable=None), start=1):
         try:
             image = read_image(path)

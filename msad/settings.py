@@ -156,12 +156,11 @@ def resume_settings(typed, own, content, path):
     """The settings that a checkpoint's run began with. What was typed must not contradict them."""
     if content["training"] is None:
         raise InputError(f"{path}: holds a model only, nothing to resume a run from")
+    defaults = COCO | {name: row[0] for name, row in own.items()}
     with blamed(path):
         stored = dict(content["training"]["settings"])
-    defaults = COCO | {name: row[0] for name, row in own.items()}
-    if stored.keys() != defaults.keys():
-        raise InputError(f"{path}: is another script's run; resume it with that one")
-    with blamed(path):
+        if stored.keys() != defaults.keys():
+            raise InputError(f"{path}: is another script's run; resume it with that one")
         for name, value in stored.items():
             check_stored(name, value, defaults[name])
     changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != stored[name]]
