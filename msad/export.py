@@ -24,7 +24,6 @@ from .models import DETECTIONS_PER_IMAGE
 
 NOTES = "msad.json"
 OPSET = 20
-INPUTS, OUTPUTS = ["images"], ["boxes", "scores"]
 SAMPLE = (2, 3, 300, 500)  # to trace with; no two sides alike and no map of one cell, so that none is taken for fixed
 
 
@@ -103,8 +102,7 @@ def to_pt2(program, notes):
 
 
 def to_onnx(program, notes):
-    exported = torch.onnx.export(
-        program, input_names=INPUTS, output_names=OUTPUTS, opset_version=OPSET, dynamo=True, verbose=False
-    )
+    names = {"input_names": ["images"], "output_names": ["boxes", "scores"]}
+    exported = torch.onnx.export(program, **names, opset_version=OPSET, dynamo=True, verbose=False)
     exported.model.metadata_props[NOTES] = notes
     return exported.model_proto.SerializeToString()

@@ -273,12 +273,11 @@ def build(config):
 def best_of_levels(scores, location, locations_per_level):
     """Scores (S,) of candidates at locations (S,), in ascending order over all levels -> the indices of each level's
     best candidates. It waits for the device once, for how many there are on each level."""
-    ends = [(location < end).sum() for end in accumulate(locations_per_level)]
-    best, first = [], 0
-    for end in torch.stack(ends).tolist():
+    ends = torch.stack([(location < end).sum() for end in accumulate(locations_per_level)]).tolist()
+    best = []
+    for first, end in zip([0, *ends], ends):
         own = torch.arange(first, end, device=scores.device)
         if len(own) > CANDIDATES_PER_LEVEL:
             own = own[scores[own].topk(CANDIDATES_PER_LEVEL).indices]
         best.append(own)
-        first = end
     return torch.cat(best)

@@ -20,7 +20,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from . import processes
 from .files import InputError, accessing, read_image, writing
 
 THRESHOLD = 0.4  # score below which nothing is drawn

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from .files import InputError
 
-
 # Memory of sizes that vary from batch to batch is not kept in pieces that fit no other.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 PATIENCE = datetime.timedelta(hours=1)  # until a process that waits for the others gives up: as long as an evaluation
@@ -19,12 +18,11 @@ CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with one line a flag, and one line for what is wrong. What is not typed leaves no trace."""
+    """An argument parser with one line a flag, and one line for what is wrong."""
 
-    def __init__(self, description, usage="%(prog)s [flags]"):
+    def __init__(self, description, usage="%(prog)s [flags]", **details):
         layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=48, width=140)
-        details = {"allow_abbrev": False, "formatter_class": layout, "argument_default": argparse.SUPPRESS}
-        super().__init__(description=description, usage=usage, **details)
+        super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=layout, **details)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")

@@ -5,9 +5,8 @@ script's own default, else the recipe's. A resumed run takes all of them from it
 otherwise, except where things are, and in how many parts a batch is computed.
 """
 
-import argparse
 import math
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from dataclasses import fields
 
 from . import processes, shapes
@@ -93,7 +92,7 @@ ARCHITECTURE = [f.name for f in fields(ModelConfig) if f.name in COCO]
 def parse_flags(description, own):
     """Make flags of the settings of both scripts and of a script's own, {name: (value, help)} -> a dict of only what
     was typed, and whether to resume."""
-    parser = processes.Parser(description)
+    parser = processes.Parser(description, argument_default=SUPPRESS)  # what is not typed leaves no trace
     for title, rows in {"what to train": own, **TABLE}.items():
         group = parser.add_argument_group(title)
         for name, (*values, text) in rows.items():
