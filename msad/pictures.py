@@ -109,9 +109,9 @@ def panel(image, found, classes, label, threshold=THRESHOLD, side=SIDE):
     scale = side / max(picture.size)
     picture = picture.resize([max(1, round(scale * s)) for s in picture.size], Image.Resampling.LANCZOS)
     scores = found.get("scores")
-    drawn = [i for i in range(len(found["boxes"])) if scores is None or scores[i] >= threshold]
+    backwards = reversed(range(len(found["boxes"])))  # the best come last, on top
+    drawn = [i for i in backwards if scores is None or scores[i] >= threshold]
     if drawn:
-        drawn.reverse()  # the best come last, on top
         boxes = torch.as_tensor(found["boxes"])[drawn].cpu() * scale
         names = [classes[found["labels"][i]]["name"] + ("" if scores is None else f" {scores[i]:.2f}") for i in drawn]
         names[:-TAGS] = [None] * len(names[:-TAGS])  # of thousands none could be read

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import random
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -31,18 +30,16 @@ def prepare(folder, seed=0):
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
-        (unfinished / "annotations").mkdir()
+    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent, ignore_cleanup_errors=True) as place:
+        unfinished = Path(place) / folder.name
+        (unfinished / "annotations").mkdir(parents=True)
         draw_split(unfinished, "train", TRAIN, seed)
         draw_split(unfinished, "val", VAL, seed)
-        unfinished.chmod(0o755)
-        os.rename(unfinished, folder)
-    except OSError:
-        if not folder.exists():  # else another run was faster, with the same pictures
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if not folder.exists():  # else another run was faster, with the same pictures
+                raise
     return folder
 
 
