@@ -108,13 +108,11 @@ def count_images(data):
 def read(data, split):
     """Read a split of a COCO-layout folder. Raises InputError; see the module's header."""
     path, folder = find(data, split)
-    enabled = gc.isenabled()
     gc.disable()  # it would walk through a million entries again and again, and none of them is garbage
     try:
         return pack(load_json(path), path, folder)
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
 def read_bytes(path):
@@ -216,7 +214,7 @@ def index_by_id(ids, key, path):
 
 
 def check_files(names, folder, path):
-    """Raise InputError unless every name is one of a file in the folder, or in folders below it or linked there."""
+    """Raise InputError unless every name is that of a file in the folder, in one below it, or linked there."""
     with accessing(folder, "cannot be read"):
         present = set(os.listdir(folder))
     missing = []

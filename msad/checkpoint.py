@@ -69,7 +69,8 @@ TORCHVISION |= {"head.regression_head.bbox_ctrness.": "head.centerness."}
 def save(path, model, training=None):
     """Write a checkpoint. Raises InputError; what stood there before is then untouched."""
     if model.is_folded:
-        raise InputError(f"{path}: a folded model cannot be saved, its BatchNorm is gone; save the one it was made from")
+        fault = "a folded model cannot be saved, its BatchNorm is gone; save the one it was made from"
+        raise InputError(f"{path}: {fault}")
     content = {"msad": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "training": training}
     write_tensors(path, content)
 
@@ -146,7 +147,7 @@ def check_architecture(source, config, other, names):
 
 @torch.no_grad()
 def start_from(model, state, foreign=""):
-    """Copy every tensor of a state dict that a model has by name and shape, none whose name begins with `foreign`.
+    """Copy to a model what a state dict has of its names and shapes, but nothing whose name begins with `foreign`.
 
     Returns a line that counts by part what was taken, what of the state was not, and what of the model starts afresh.
     """

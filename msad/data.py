@@ -262,7 +262,7 @@ def loader(dataset, batches, multiple, workers, device):
 
 
 def tell_remarks(batches, annotations, images):
-    """Yield training batches; print what is noticed about their pictures at once, and the count after so many images."""
+    """Yield training batches. Remarks about their pictures are printed at once, their number after so many images."""
     noticed, passed = {}, 0
     for batch in batches:
         tell(annotations, "training", remarks_of(batch), "at least ")

@@ -98,7 +98,7 @@ def decode(path, remarks):
 
 
 def load(file, remarks):
-    """The same of an open file."""
+    """As `decode`, of an open file."""
     image = Image.open(file)
     turned = image.getexif().get(0x0112) if image.format == "TIFF" else None
     wide = ";16" in str(image.tile)
@@ -215,5 +215,5 @@ def accessing(path, fault, mend=""):
 
 
 def writing(path, mend="choose another place"):
-    """The same of a failure to write what the user asked for."""
+    """The same, of what the user asked to be written."""
     return accessing(path, "cannot be written", f"; {mend}")

@@ -108,7 +108,7 @@ def print_header(settings, model, train, val, device, out):
 
 
 def describe_levels(config, annotations, short_side, long_side, device):
-    """A line on how many boxes each aligned level learns, and one on what to change where the finest or most see few.
+    """A line on how many boxes each aligned level learns; one more, on what to change, if the finest or most learn few.
 
     All processes have to call it, since the head counts objects over all of them.
     """
@@ -181,8 +181,8 @@ def check_finite(iteration, numbers):
 
 
 class Run:
-    """A training run in the folder `out`, from iteration `start` on. A context: within it the first Ctrl-C or SIGTERM is
-    a request to stop after the iteration, and what ends it names the checkpoint to go on from."""
+    """A training run in the folder `out`, from iteration `start` on. A context: within it the first Ctrl-C or SIGTERM
+    is a request to stop after the iteration, and what ends it names the checkpoint to go on from."""
 
     def __init__(self, script, out, log, settings, model, optimizer, validation_set, autocast, saved=None, **kept):
         """`saved` is the checkpoint's content that the run goes on from; `kept` is written into each new one."""
@@ -190,7 +190,7 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self.validation_set, self.autocast = validation_set, autocast
         self.start, length = restore_optimizer(saved["training"], optimizer, out / "last.pt") if saved else (0, 0)
-        if log:  # what was logged after the checkpoint will be logged again; of a log that was lost, what is left goes on
+        if log:  # what was logged after the checkpoint will be logged again; a log that lost lines goes on as it is
             with self.writing_log():
                 log.truncate(min(length, log.tell()))
                 log.seek(0, os.SEEK_END)
@@ -220,9 +220,9 @@ class Run:
 
     def note_stop(self, number, frame):
         """The first SIGTERM or Ctrl-C asks to stop, a second one does not wait."""
-        line = "\nstopping without saving\n" if self.stop_wanted else "\nstopping after this iteration, then saving ...\n"
+        when = "without saving" if self.stop_wanted else "after this iteration, then saving ..."
         if processes.is_main():
-            os.write(2, line.encode())  # print is not safe in the middle of another
+            os.write(2, f"\nstopping {when}\n".encode())  # print is not safe in the middle of another
         if self.stop_wanted:
             raise KeyboardInterrupt
         self.stop_wanted = True

@@ -82,7 +82,7 @@ CHOICES = {
     "schedule": ("step", "cosine"),
     "precision": ("fp32", "bf16"),
 }
-# On --resume: where a run is, not what, and what only a smaller device has need of.
+# What may change on --resume: where things are, and what suits the machine.
 MAY_CHANGE = ("data", "teacher", "device", "out", "workers", "save_every", "accumulate")
 LEAST = dict.fromkeys(("seed", "workers", "warmup", "lr", "weight_decay", "clip", "kd", "kd_ramp", "width"), 0)
 LEAST["object_scale"] = 0.01  # all other numbers: 1
