@@ -252,7 +252,7 @@ def check_units(xywh, width, height, path):
     right, lower, count = x + w, y + h, len(xywh)
     mend = "COCO's bbox is [x, y, width, height] in pixels, x and y of the upper left corner"
     fractions = (np.abs(xywh) <= 1).all(1)
-    if fractions.any() and 2 * fractions.sum() > count:
+    if 2 * fractions.sum() > count:
         raise InputError(f"{path}: {fractions.sum()} of {count} boxes lie between 0 and 1, as fractions do; {mend}")
     if count >= 20 and min(width.min(), height.min()) >= 200:
         if 90 < min(right.max(), lower.max()) and max(right.max(), lower.max()) <= 100.5:

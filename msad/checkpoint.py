@@ -194,12 +194,11 @@ def load_backbone(model, content, source):
     """Fill a model's backbone from a file's content, all of whose tensors must be accounted for. Raises InputError."""
     name, width = model.config.backbone, model.config.width
     state, origin = state_of(content, source)
-    if origin == "slimmable" and name != "resnet50":
-        raise InputError(f"{source}: holds a slimmable resnet50, not a {name}")
+    expected = {key: Expected(shape_of(tensor), key) for key, tensor in model.backbone.state_dict().items()}
     if origin == "slimmable":
+        if name != "resnet50":
+            raise InputError(f"{source}: holds a slimmable resnet50, not a {name}")
         expected = expected_backbone(width)
-    else:
-        expected = {key: Expected(tuple(tensor.shape), key) for key, tensor in model.backbone.state_dict().items()}
     classifier = {key: tensor for key, tensor in state.items() if key.startswith(("fc.", "classifier."))}
     expected |= {key: Expected(shape_of(tensor), "", "the classifier") for key, tensor in classifier.items()}
     used = take(state, expected, f"{source}: {origin} ImageNet weights for {name} of width {width:g}")
@@ -331,6 +330,6 @@ def shape_of(value):
 
 
 def cut(tensors, model):
-    """The used tensors of a slimmable network -> those of `model`."""
+    """The used tensors of a network, at full width where it is slimmable -> those of `model`."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return {name: tensor[tuple(map(slice, shapes[name]))].clone() for name, tensor in tensors.items()}
