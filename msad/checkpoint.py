@@ -162,8 +162,8 @@ def start_from(model, state, foreign=""):
 
 def count_parts(names):
     """Names of tensors -> "backbone 320, fpn 12", or "nothing"."""
-    parts = [name.split(".")[0] for name in names]
-    return ", ".join(f"{part} {parts.count(part)}" for part in sorted(set(parts))) or "nothing"
+    parts = Counter(name.split(".")[0] for name in names)
+    return ", ".join(f"{part} {count}" for part, count in sorted(parts.items())) or "nothing"
 
 
 def from_torchvision(state, head):
@@ -288,8 +288,8 @@ def expected_backbone(width):
     return expected
 
 
-def expected_detector(letter, width, unwanted=""):
-    """{name: Expected} of the detector `letter`: T, with the gate, or S. `unwanted` says why none of it is used."""
+def expected_detector(letter, width, unwanted):
+    """{name: Expected} of the detector `letter`: T, with the gate, or S. `unwanted` says why none of it is used, or is empty."""
     with torch.device("meta"):
         full = build(authors_config("teacher", width)).state_dict()
     backbone = expected_backbone(width).items()

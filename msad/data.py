@@ -226,7 +226,7 @@ class TrainBatches:
             epoch += 1  # what waits goes on into the next epoch
 
 
-def eval_batches(dataset, batch, multiple, rank=0, processes=1):
+def eval_batches(dataset, batch, multiple, rank, processes):
     """Batches of (index, seed) that cover a data set once; images share a batch only if they are padded alike."""
     groups = {}
     for index in range(len(dataset)):
