@@ -111,8 +111,7 @@ class FPN(nn.Module):
 
     def __init__(self, in_channels, channels, levels):
         super().__init__()
-        backbone = dict(zip((2, 3, 4, 5), in_channels))
-        self.lateral = nn.ModuleDict({str(l): nn.Conv2d(backbone[l], channels, 1) for l in levels if l <= 5})
+        self.lateral = nn.ModuleDict({str(l): nn.Conv2d(in_channels[l - 2], channels, 1) for l in levels if l <= 5})
         self.output = nn.ModuleDict({str(l): nn.Conv2d(channels, channels, 3, padding=1) for l in levels if l <= 5})
         self.p6 = nn.Conv2d(in_channels[-1], channels, 3, stride=2, padding=1)
         if 7 in levels:
