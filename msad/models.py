@@ -137,7 +137,8 @@ class Detector(nn.Module):
         groups = {}
         for index, image in enumerate(inputs):
             groups.setdefault(self.padded_size(image.shape[-2:]), []).append(index)
-        results, limits = [None] * len(images), {"threshold": threshold, "max_detections": max_detections}
+        limits = {"threshold": threshold, "max_detections": max_detections}
+        results = [None] * len(images)
         for members in groups.values():
             batch = pad_to_multiple([inputs[i] for i in members], self.multiple).to(self.mean.device)
             sizes = [tuple(inputs[i].shape[-2:]) for i in members]

@@ -211,6 +211,8 @@ def inherit(teacher, path):
         stored = training.get("settings", {})
         for name in ("data", "recipe", "short_sides"):
             if name in stored:
-                check_stored(name, stored[name], COCO[name])
-                inherited[name] = stored[name]
+                # Early teachers have a tuple of sides.
+                value = list(stored[name]) if isinstance(stored[name], tuple) else stored[name]
+                check_stored(name, value, COCO[name])
+                inherited[name] = value
     return inherited
