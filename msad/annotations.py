@@ -58,6 +58,12 @@ class Annotations:
         """The rows of an image's boxes, as a slice."""
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
+    def objects(self, index):
+        """The boxes (M,4) and labels (M,) of an image that are no crowds."""
+        rows = self.of_image(index)
+        single = ~self.crowd[rows]
+        return self.boxes[rows][single], self.labels[rows][single]
+
     def summary(self):
         """One line: what is there, what was left out, and what looks wrong."""
         empty = int((np.diff(self.starts) == 0).sum())

@@ -289,7 +289,7 @@ def expected_backbone(width):
 
 
 def expected_detector(letter, width, unwanted):
-    """{name: Expected} of the detector `letter`: T, with the gate, or S. `unwanted`: why none of it is used, or empty."""
+    """{name: Expected} of the detector `letter`: T, with the gate, or S. `unwanted` says why it is not used, if so."""
     with torch.device("meta"):
         full = build(authors_config("teacher", width)).state_dict()
     backbone = expected_backbone(width).items()

@@ -168,15 +168,13 @@ class CocoDataset(Dataset):
         size = fitted_size(height, width, short_side, self.long_side)
         image = resize(image, size, self.low)
 
-        rows = self.annotations.of_image(index)
-        usable = ~self.annotations.crowd[rows]
-        boxes = self.annotations.boxes[rows][usable].clip(0, [width, height, width, height])
+        boxes, labels = self.annotations.objects(index)
+        boxes = boxes.clip(0, [width, height, width, height])
         frame = [side * (2 if self.low else 1) for side in image.shape[1:]]
         boxes = boxes * np.array([frame[1] / width, frame[0] / height] * 2)
         if mirrored:
             image = image.flip(2)
             boxes[:, [0, 2]] = frame[1] - boxes[:, [2, 0]]
-        labels = self.annotations.labels[rows][usable]
         return image, torch.from_numpy(boxes).float(), torch.from_numpy(labels).long(), index, "; ".join(remarks)
 
 

@@ -48,9 +48,8 @@ def look(image, columns, autocast):
 
 def truth(annotations, index):
     """The annotated objects of an image, as detections without scores; crowd boxes are left out."""
-    rows = annotations.of_image(index)
-    single = ~annotations.crowd[rows]
-    return {"boxes": annotations.boxes[rows][single], "labels": annotations.labels[rows][single]}
+    boxes, labels = annotations.objects(index)
+    return {"boxes": boxes, "labels": labels}
 
 
 def spread(annotations, count):

@@ -135,9 +135,8 @@ def level_shares(config, annotations, short_side, long_side, device, object_scal
     owned = []
     for index in range(0, len(annotations), -(-len(annotations) // pictures)):
         height, width = fitted_size(*map(int, annotations.sizes[index]), short_side, long_side)
-        rows = annotations.of_image(index)
-        boxes = torch.from_numpy(annotations.boxes[rows][~annotations.crowd[rows]]).to(device)
-        boxes = boxes * (height / int(annotations.sizes[index][0]))
+        boxes, _ = annotations.objects(index)
+        boxes = torch.from_numpy(boxes).to(device) * (height / int(annotations.sizes[index][0]))
         sizes = [(-(-height // stride), -(-width // stride)) for stride in align.STRIDES]
         names = len(config.classes) + 1 + torch.arange(len(boxes), device=device)  # each box has a label of its own
         learned = head.assign(sizes, [boxes], [names])["labels"][0]
