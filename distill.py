@@ -113,20 +113,17 @@ def main():
 def check_teacher(settings, out, teacher, checksum, saved):
     """Raise InputError for a teacher that this run cannot have."""
     if settings.kd and settings.fpn_channels != teacher.config.fpn_channels:
-        raise InputError(
-            f"--fpn-channels {settings.fpn_channels}: the teacher's pyramid has {teacher.config.fpn_channels}; only "
-            "equal ones can be distilled (--kd 0 trains without)"
-        )
+        wanted = f"the teacher's pyramid has {teacher.config.fpn_channels}"
+        mend = "only equal ones can be distilled (--kd 0 trains without)"
+        raise InputError(f"--fpn-channels {settings.fpn_channels}: {wanted}; {mend}")
     if Path(settings.teacher).resolve() == (out / "last.pt").resolve():
         raise InputError(f"--out {out}: the teacher is in there as last.pt; choose another folder for the student")
     if saved:
         with blamed(out / "last.pt"):
             evaluation.table(saved["training"]["teacher"])  # its numbers are shown again
             if saved["training"]["teacher_checksum"] != checksum:
-                raise InputError(
-                    f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; put that one back (a "
-                    "later train.py renamed it to last.1.pt), or start a new --out"
-                )
+                mend = "put that one back (a later train.py renamed it to last.1.pt), or start a new --out"
+                raise InputError(f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; {mend}")
 
 
 def new_student(settings, teacher):

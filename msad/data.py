@@ -101,10 +101,8 @@ def picture_to_tensor(picture):
         picture = torch.from_numpy(np.array(planes.transpose(2, 0, 1), picture.dtype.newbyteorder("=")))
     fits = torch.is_tensor(picture) and picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.numel()
     if not fits or not (picture.dtype == torch.uint8 or picture.is_floating_point()):
-        raise ValueError(
-            f"{came} is no picture: wanted is a PIL image, an array (h,w,3) or (h,w), or a tensor (3,h,w) or (1,h,w), "
-            "not empty, of uint8 or of floats in 0-1"
-        )
+        wanted = "a PIL image, an array (h,w,3) or (h,w), or a tensor (3,h,w) or (1,h,w)"
+        raise ValueError(f"{came} is no picture: wanted is {wanted}, not empty, of uint8 or of floats in 0-1")
     if picture.is_floating_point():
         picture = picture.detach().float()
         low, high = picture.min().item(), picture.max().item()

@@ -173,10 +173,8 @@ def check_finite(iteration, numbers):
     """Raise InputError, with every part of the loss, unless all {name: number} of an iteration are finite."""
     if not all(map(math.isfinite, numbers.values())):
         parts = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
-        raise InputError(
-            f"iteration {iteration}: the loss or its gradient is not finite ({parts}); "
-            "the last checkpoint is good: start again with a lower --lr"
-        )
+        mend = "the last checkpoint is good: start again with a lower --lr"
+        raise InputError(f"iteration {iteration}: the loss or its gradient is not finite ({parts}); {mend}")
 
 
 class Run:
