@@ -97,7 +97,8 @@ def main():
     if args.json:
         write_json(args.json, found, indent=1)
     if args.detections:
-        detections, category_ids = results[branches[0]][1], [c["id"] for c in model.config.classes]
+        detections = results[branches[0]][1]
+        category_ids = [c["id"] for c in model.config.classes]
         write_json(args.detections, evaluation.coco_results(detections, annotations.image_ids, category_ids))
     if args.draw:
         indices = pictures.spread(annotations, args.draw)
