@@ -6,7 +6,7 @@
 # Stopped and started again, it goes on where it was. Teacher and student train equally long (on photos ITERS iterations,
 # a variable of the environment, or 1000); whatever trains in one go trains as long as both together.
 set -euo pipefail
-head=$1 seed=$2 name=$1 iters=1600 flags=()
+head=$1 seed=$2 name=$1 iters=2000 flags=()
 if [ $# -ge 3 ]; then
     name=$(basename "$3") iters=${ITERS:-1000} flags=(--data "$3" --recipe small)
 fi

@@ -3,6 +3,7 @@ weights as they were; the gradient is clipped; the learning rate is the iteratio
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -153,12 +154,10 @@ def test_frozen_norms_keep_the_statistics_that_they_start_with(uninterrupted, tm
     assert statistics["frozen", 1].equal(statistics["frozen", 2])
 
 
-@pytest.mark.parametrize("name, rounding", [("trained", 5e-3), ("distilled", 6e-2)])
-def test_fp32_without_avx512_trains_in_nchw_and_goes_on_elsewhere(
-    uninterrupted, tmp_path, monkeypatch, steps, name, rounding
-):
+@pytest.mark.parametrize("name", ["trained", "distilled"])
+def test_fp32_without_avx512_trains_in_nchw_and_goes_on_elsewhere(uninterrupted, tmp_path, monkeypatch, steps, name):
     script, flags = runs(uninterrupted)[name]
-    losses, out = models.Detector.losses, tmp_path / "out"
+    losses, here, there = models.Detector.losses, tmp_path / "here", tmp_path / "there"
 
     def moved(model, *arguments):
         if len(steps) == 9:
@@ -168,12 +167,15 @@ def test_fp32_without_avx512_trains_in_nchw_and_goes_on_elsewhere(
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         patch.setattr(models.Detector, "losses", moved)
-        call(script, *flags, "--out", out)
-    succeed(script, "--resume", "--out", out)
-    for number, (_, gradients) in enumerate(steps):  # 9 steps there, and from the ninth on again here
+        call(script, *flags, "--out", there)
+        patch.setattr(models.Detector, "losses", losses)
+        shutil.copytree(there, here)
+        succeed(script, "--resume", "--out", there)
+    old = len(steps)
+    succeed(script, "--resume", "--out", here)
+    for number, (_, gradients) in enumerate(steps):
         maps = [g for g in gradients.values() if g.dim() == 4 and min(g.shape[1:]) > 1]
-        last = number >= 9
-        assert all(g.is_contiguous(memory_format=torch.channels_last) is last for g in maps), number
-    folders = (out, uninterrupted / name)
-    found, expected = (torch.tensor([list(e.values()) for e in logged(folder)[:13]]) for folder in folders)
-    torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-4)  # it grows from step to step
+        assert all(g.is_contiguous(memory_format=torch.channels_last) is (number >= old) for g in maps), number
+    # From the checkpoint of eight iterations on both are the same but for rounding, which grows from step to step.
+    found, expected = (torch.tensor([list(e.values()) for e in logged(out)[8:11]]) for out in (here, there))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4)
