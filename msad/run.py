@@ -85,7 +85,8 @@ def print_header(settings, model, train, val, device, out):
     """The first lines of a run: data, model, schedule, what each level learns, device, folder."""
     config = model.config
     short_side = sorted(settings.short_sides)[len(settings.short_sides) // 2]
-    lines = describe_levels(config, train, short_side, settings.long_side, device)
+    place = device if processes.world_size() > 1 else "cpu"  # a GPU would be waited for at every picture
+    lines = describe_levels(config, train, short_side, settings.long_side, place)
     if not processes.is_main():
         return
     head = f"{config.head} {config.head_convs}x{config.head_channels}"
