@@ -166,30 +166,32 @@ class Detector(nn.Module):
         locations_per_level = [height * width * self.head.anchors for height, width in outputs["sizes"]]
         results = []
         for number, (size, original) in enumerate(zip(sizes, originals)):
-            # Most locations have nothing: only those whose best class is above the threshold are decoded.
-            likely = (tensors["logits"][number].amax(-1).sigmoid() > SCORE_THRESHOLD).nonzero().squeeze(1)
+            # Most locations have nothing: on a CPU only those whose best class is above the threshold are decoded. To
+            # choose them a GPU would have to be waited for.
+            likely = tensors["logits"][number].amax(-1).sigmoid() > SCORE_THRESHOLD
+            likely = torch.arange(len(likely), device=likely.device) if likely.is_cuda else likely.nonzero()[:, 0]
             own = outputs | {name: value[number, likely] for name, value in tensors.items()}
             boxes, scores = self.head.decode(own, likely)
-            # Candidates are pairs of a location and a class; of each level the best are kept.
-            location, labels = scores.nonzero(as_tuple=True)
+            # Candidates are pairs of a location and a class whose box has an area within the image.
+            height, width = (side * self.frame_scales[branch] for side in size)
+            inside = clip_boxes_to_image(boxes, (height, width))
+            wanted = (inside[:, 2:] > inside[:, :2]).all(1, keepdim=True) & (scores >= threshold)
+            location, labels = (scores * wanted).nonzero(as_tuple=True)
             scores = scores[location, labels]
+            # Of each level the best are kept.
             if len(scores) > CANDIDATES_PER_LEVEL:
                 best = best_of_levels(scores, likely[location], locations_per_level)
                 location, labels, scores = location[best], labels[best], scores[best]
-            boxes = boxes[location]
             # Non-maximum suppression within each class. batched_nms moves the classes apart by offsets, which works
             # only where no coordinate is negative.
+            boxes = boxes[location]
             lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
-            keep = batched_nms(boxes - lowest, scores, labels, self.head.nms_threshold)
+            keep = batched_nms(boxes - lowest, scores, labels, self.head.nms_threshold)[:max_detections]
             # From the branch's frame to the original image's.
-            height, width = (side * self.frame_scales[branch] for side in size)
-            boxes = clip_boxes_to_image(boxes[keep], (height, width))
+            boxes = inside[location[keep]]
             boxes[:, 0::2] *= original[1] / width
             boxes[:, 1::2] *= original[0] / height
-            wanted = (boxes[:, 2:] > boxes[:, :2]).all(1) & (scores[keep] >= threshold)
-            wanted = wanted.nonzero()[:max_detections, 0]
-            keep = keep[wanted]
-            results.append({"boxes": boxes[wanted], "scores": scores[keep], "labels": labels[keep]})
+            results.append({"boxes": boxes, "scores": scores[keep], "labels": labels[keep]})
         return results
 
     def folded(self):
