@@ -24,7 +24,11 @@ def tower(in_channels, channels, convs, norm):
     layers = []
     for number in range(convs):
         conv = nn.Conv2d(channels if number else in_channels, channels, 3, padding=1)
-        initialize(conv)
+        if norm and conv.in_channels < 256:  # as He et al.'s: what suits wide towers makes narrow ones learn slowly
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        else:
+            nn.init.normal_(conv.weight, std=0.01)
+        nn.init.zeros_(conv.bias)
         # 32 groups, and fewer where one would have a single channel, which on a 1x1 map has no variance.
         layers += [conv, GroupNorm(math.gcd(32, channels // 2), channels)] if norm else [conv]
         layers += [nn.ReLU(inplace=True)]
@@ -46,21 +50,12 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def initialize(conv):
-    """Where a convolution of the head starts: with 256 channels at N(0, 0.01), as the authors' do; narrower ones, which
-    that makes learn slowly, as He et al.'s (ICCV 2015)."""
-    if conv.in_channels < 256:
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    else:
-        nn.init.normal_(conv.weight, std=0.01)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-
-
-def initialize_outputs(logits, *others):
-    """Where the last convolutions start: every class at the prior probability."""
+def initialize_outputs(logits, *others, std=0.01):
+    """Where the last convolutions start: weights small, biases at 0, every class at the prior probability."""
     for conv in (logits, *others):
-        initialize(conv)
+        nn.init.normal_(conv.weight, std=std)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
     nn.init.constant_(logits.bias, -math.log((1 - PRIOR) / PRIOR))
 
 

@@ -45,13 +45,13 @@ TABLE = {
     },
     "optimization": {
         "iters": (2000, None, 90_000, "training iterations"),
-        "batch": (4, 8, 16, "images per iteration, over all processes"),
+        "batch": (8, 8, 16, "images per iteration, over all processes"),
         "accumulate": (1, 1, 1, "parts in which a process computes its images of an iteration, one after the other"),
         "lr": (0.003, 2e-4, 0.01, "learning rate, in proportion to --batch"),
         "optimizer": ("adamw", "adamw", "sgd", "optimizer"),
         "weight_decay": (0.05, 0.05, 1e-4, "weight decay, none on normalisation layers"),
         "schedule": ("cosine", "cosine", "step", "learning rate after the warm-up"),
-        "warmup": (200, 100, 500, "iterations of linear warm-up from lr/1000"),
+        "warmup": (50, 100, 500, "iterations of linear warm-up from lr/1000"),
         "clip": (5.0, 5.0, 0.0, "largest norm of the gradient (0: no limit)"),
     },
     "the run": {

@@ -124,13 +124,14 @@ def test_images_of_a_batch_are_assigned_on_their_own():
 def test_first_predictions_are_the_prior(width):
     torch.manual_seed(0)
     head = FCOSHead(width, CLASSES, width, 2)
-    std = 0.01 if width == 256 else math.sqrt(2 / (9 * 64))  # the authors', and He et al.'s
+    tower, output = (0.01, 0.01) if width == 256 else (math.sqrt(2 / (9 * 64)), 0.04)  # the authors'; He et al.'s
     assert head.cls_logits.bias.sigmoid().tolist() == pytest.approx([0.01] * CLASSES)
     assert head.box_pred.bias is None and head.centerness.bias is None
     assert head.scales.tolist() == [1] * 5 and head.scales.requires_grad
     convs = [m for m in head.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convs) == 2 * 2 + 3
     for conv in convs:
+        std = output if conv in (head.cls_logits, head.box_pred, head.centerness) else tower
         assert conv.weight.std().item() == pytest.approx(std, rel=0.1) and abs(conv.weight.mean()) < 0.1 * std
         assert conv.bias is None or conv is head.cls_logits or not conv.bias.any()
     norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]

@@ -93,7 +93,7 @@ def test_statistics_of_batchnorm_stay_only_where_there_are_some(tmp_path):
         assert settings.settle(typed | {"data": data}, train.OWN).norm == norm
 
 
-@pytest.mark.parametrize("recipe, batch, rate", [("small", 2, 0.003 / 2), ("coco", 32, 0.02)])
+@pytest.mark.parametrize("recipe, batch, rate", [("small", 2, 0.003 / 4), ("coco", 32, 0.02)])
 def test_the_learning_rate_is_in_proportion_to_the_batch_unless_it_is_typed(recipe, batch, rate):
     typed = {"recipe": recipe, "batch": batch}
     assert settings.settle(typed, train.OWN).lr == pytest.approx(rate)
