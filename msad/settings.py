@@ -51,7 +51,7 @@ TABLE = {
         "optimizer": ("adamw", "adamw", "sgd", "optimizer"),
         "weight_decay": (0.05, 0.05, 1e-4, "weight decay, none on normalisation layers"),
         "schedule": ("cosine", "cosine", "step", "learning rate after the warm-up"),
-        "warmup": (50, 100, 500, "iterations of linear warm-up from lr/1000"),
+        "warmup": (200, 100, 500, "iterations of linear warm-up from lr/1000"),
         "clip": (5.0, 5.0, 0.0, "largest norm of the gradient (0: no limit)"),
     },
     "the run": {
