@@ -26,6 +26,7 @@ from . import annotations, processes, shapes
 from .files import InputError, read_image, to_rgb, writing
 
 SHAPES = "data/shapes"  # the drawn set, in the folder a script is called from
+SECONDS_MORE = 10  # that a process which reads pictures lives on after SIGTERM
 PATIENCE = 900  # seconds without a batch after which a run gives up on the processes that read pictures
 
 
@@ -283,8 +284,14 @@ def tell(annotations, name, noticed, about=""):
 
 
 def leave_signals(worker):
-    """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean."""
+    """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean.
+
+    It also ends workers by SIGTERM, when it ends itself: so that one gives them some more seconds, to read on for a run
+    that still has to save.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_MORE))
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     # What cannot be handed over, for want of file descriptors, would be waited for in vain: the worker ends.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
