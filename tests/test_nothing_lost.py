@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -22,7 +23,7 @@ import train
 from folders import draw_rectangles
 from helpers import tiny_model
 from PIL import Image
-from scripts import LONG, TINY, assert_same_run, call, complaint, runs, succeed
+from scripts import LONG, ROOT, TINY, assert_same_run, call, complaint, runs, succeed
 from test_processes import torchrun
 
 from msad import checkpoint, data, evaluation, models, pictures, processes, run
@@ -671,6 +672,21 @@ def test_a_second_ctrl_c_says_that_it_does_not_save_and_ends_the_run(uninterrupt
     text = "\n".join(lines)
     assert code == 130 and text.index(SAVING) < text.index(NOT_SAVING) and "Traceback" not in text
     assert (out / "last.pt").read_bytes() == before and "stopped after" not in text
+
+
+def test_a_process_that_ends_while_its_readers_live_ends_with_them(tmp_path):
+    draw_rectangles(tmp_path / "data", {"train": 8})
+    code = """if True:
+        import builtins, sys, torch
+        from msad import annotations, data
+        data.SECONDS_MORE = 1
+        read = data.CocoDataset(annotations.read(sys.argv[1], "train"), (64,), 128)
+        batches = iter(data.loader(read, data.eval_batches(read, 2, 64, 0, 1), 64, 2, torch.device("cpu")))
+        builtins.kept = next(batches), batches  # so that nothing closes it in order
+    """
+    command = [sys.executable, "-c", code, tmp_path / "data"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # Memory that runs out.
