@@ -262,8 +262,9 @@ def tell_remarks(batches, annotations, images):
     """Yield training batches. Remarks about their pictures are printed at once, their number after so many images."""
     noticed, passed = {}, 0
     for batch in batches:
-        tell(annotations, "training", remarks_of(batch), "at least ")
-        noticed |= remarks_of(batch)
+        new = remarks_of(batch)
+        tell(annotations, "training", new, "at least ")
+        noticed |= new
         before, passed = passed, passed + len(batch.indices)
         if before < images <= passed and processes.world_size() == 1:  # else no process knows all
             tell(annotations, "training", noticed)
@@ -286,8 +287,8 @@ def tell(annotations, name, noticed, about=""):
 def leave_signals(worker):
     """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean.
 
-    It also ends workers by SIGTERM, when it ends itself: so that one gives them some more seconds, to read on for a run
-    that still has to save.
+    SIGTERM is also how it ends its workers when it ends itself. So after one a worker reads on for some seconds, which a
+    run may need to save, and then ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows
