@@ -41,15 +41,8 @@ class RetinaNetHead(nn.Module):
         self.box_pred = nn.Conv2d(channels, self.anchors * 4, 3, padding=1)
         heads.initialize_outputs(self.cls_logits, self.box_pred)
         sides = [(size / ratio**0.5, size * ratio**0.5) for ratio in RATIOS for size in SIZES]
-        # A cell's anchors (9,2) as width, height in strides. A buffer, to be on the model's device without a copy.
-        self.register_buffer("sides", object_scale * torch.tensor(sides), persistent=False)
-
-    def _apply(self, *arguments, **keywords):
-        """What moves a model, or makes its parameters less precise, only moves the anchors."""
-        sides = self.sides
-        super()._apply(*arguments, **keywords)
-        self.sides = sides.to(self.sides.device)
-        return self
+        # Width and height of a cell's anchors in strides. Plain numbers, which no device and no precision changes.
+        self.sides = (object_scale * torch.tensor(sides)).tolist()
 
     def forward(self, pyramid):
         """Five maps (N,C,h,w) -> a dict: `logits` (N,R,K), `deltas` (N,R,4) from the anchors, `sizes` [(h,w)]."""
@@ -64,7 +57,7 @@ class RetinaNetHead(nn.Module):
     @torch.no_grad()
     def assign(self, sizes, boxes, labels):
         """Boxes [(M,4)] in H's pixels and labels [(M,)] -> targets, a dict as from `complete`."""
-        anchors = self.anchor_boxes(sizes)
+        anchors = self.anchor_boxes(sizes, boxes[0].device)
         pairs = [self.assign_image(anchors, b, l) for b, l in zip(boxes, labels)]
         return self.complete(*(torch.stack(column) for column in zip(*pairs)))
 
@@ -99,14 +92,16 @@ class RetinaNetHead(nn.Module):
     def decode(self, outputs, where):
         """Outputs (...,S,*) at the S anchors of indices `where` (S,) -> boxes (...,S,4) in H's pixels and scores
         (...,S,K), zero where the class is below the threshold."""
-        boxes = heads.deltas_to_boxes(self.anchor_boxes(outputs["sizes"])[where], outputs["deltas"])
+        anchors = self.anchor_boxes(outputs["sizes"], outputs["deltas"].device)[where]
+        boxes = heads.deltas_to_boxes(anchors, outputs["deltas"])
         return boxes, F.threshold_(outputs["logits"].sigmoid(), heads.SCORE_THRESHOLD, 0.0)
 
-    def anchor_boxes(self, sizes):
+    def anchor_boxes(self, sizes, device):
         """All anchors (R,4) in H's pixels, around the upper left corners of the cells."""
-        corners, strides = align.cells(sizes, self.sides.device)
-        half = self.sides * strides[:, None, None] / 2
-        return torch.cat([corners[:, None] - half, corners[:, None] + half], dim=-1).flatten(0, 1)
+        corners, strides = align.cells(sizes, device)
+        halves = [torch.stack([strides * (side / 2) for side in pair], dim=1) for pair in self.sides]
+        anchors = [torch.cat([corners - half, corners + half], dim=1) for half in halves]
+        return torch.stack(anchors, dim=1).flatten(0, 1)
 
 
 def match(anchors, boxes):
