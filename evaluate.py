@@ -54,41 +54,27 @@ def main():
     precision = args.precision or processes.native_precision(device)
     autocast = processes.autocast(device, precision)
 
-    # The model, the branches that are read, and the columns of what is drawn, a teacher's first.
     content = checkpoint.read(args.ckpt)
     model = checkpoint.restore(content, args.ckpt).to(device)
-    if args.res and args.res not in model.branches:
-        has = ", ".join(model.branches)
-        raise InputError(f"--res {args.res}: {args.ckpt} is a model of kind {model.config.kind}, which has {has}")
-    branches = [args.res] if args.res else sorted(model.branches)
-    if not args.res and (args.images or args.export):
-        branches = list(model.branches[:1])
+    branches = choose_branches(args, model)
     if args.export:
         if processes.is_main():
             takes = export.save(args.export, model, branches[0], args.precision or "fp32")
             print(f"written to {args.export}: {model.config.kind} @ {branches[0]}; {takes}")
-        return None
-    columns = pictures.readings(model.config.kind, model, branches)
-    if args.teacher:
-        teacher = checkpoint.load(args.teacher, device, want="teacher")
-        check_classes("the teacher", teacher.config.classes, "the checkpoint", model.config.classes)
-        columns = pictures.beside(teacher, model, branches)
-
-    out = Path(args.out or Path(args.ckpt).parent / "pictures")
-    if args.images and out.resolve() == Path(args.images).resolve():
-        raise InputError(f"--out {out}: the pictures to look at are in there; choose another folder")
-    if args.images or args.draw:
-        with writing(out, "choose another --out"):
-            out.mkdir(parents=True, exist_ok=True)
+        return
+    columns = choose_columns(args, model, branches, device)
+    out = make_folder(args)
     if args.images:
-        return look_at_images(args, model, columns, out, autocast) if processes.is_main() else None
+        if processes.is_main():
+            look_at_images(args, model, columns, out, autocast)
+        return
 
     (annotations,) = open_data(data_of(args, content), ["val"])
     check_classes("the data", annotations.classes, "the checkpoint", model.config.classes)
     dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.low_input)
     results = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)
     if not processes.is_main():
-        return None
+        return
     print(f"{args.ckpt}: {model.config.kind}, {model.config.backbone} x{model.config.width:g}; {annotations.summary()}")
     found = {b: results[b][0] | {"cost": evaluation.measure_cost(model, dataset, b, autocast)} for b in branches}
     for branch, numbers in found.items():
@@ -97,16 +83,11 @@ def main():
     if args.json:
         write_json(args.json, found, indent=1)
     if args.detections:
-        detections = results[branches[0]][1]
         category_ids = [c["id"] for c in model.config.classes]
-        write_json(args.detections, evaluation.coco_results(detections, annotations.image_ids, category_ids))
+        detections = evaluation.coco_results(results[branches[0]][1], annotations.image_ids, category_ids)
+        write_json(args.detections, detections)
     if args.draw:
-        indices = pictures.spread(annotations, args.draw)
-        for index in indices:
-            strip = pictures.compare(annotations, index, columns, autocast, threshold=args.threshold)
-            pictures.save(strip, out, index + 1, annotations.path(index))
-        print(f"drawn: {len(indices)} pictures, scores from {args.threshold:g}, in {out}")
-    return None
+        draw(args, annotations, columns, out, autocast)
 
 
 def check(args):
@@ -122,6 +103,36 @@ def check(args):
             raise InputError(f"--{name.replace('_', '-')}: of no use with --export, which looks at no picture")
     if args.teacher and not args.draw:
         raise InputError("--teacher: is drawn beside the checkpoint; add --draw")
+
+
+def choose_branches(args, model):
+    """The branches that are read: of --images and --export one. Raises InputError where the model lacks it."""
+    if args.res and args.res not in model.branches:
+        has = ", ".join(model.branches)
+        raise InputError(f"--res {args.res}: {args.ckpt} is a model of kind {model.config.kind}, which has {has}")
+    if args.res:
+        return [args.res]
+    return list(model.branches[:1]) if args.images or args.export else sorted(model.branches)
+
+
+def choose_columns(args, model, branches, device):
+    """What is drawn, as from `pictures.readings`: the checkpoint's branches, after a teacher's if there is one."""
+    if not args.teacher:
+        return pictures.readings(model.config.kind, model, branches)
+    teacher = checkpoint.load(args.teacher, device, want="teacher")
+    check_classes("the teacher", teacher.config.classes, "the checkpoint", model.config.classes)
+    return pictures.beside(teacher, model, branches)
+
+
+def make_folder(args):
+    """The folder for what is drawn and found, made if there will be any."""
+    out = Path(args.out or Path(args.ckpt).parent / "pictures")
+    if args.images and out.resolve() == Path(args.images).resolve():
+        raise InputError(f"--out {out}: the pictures to look at are in there; choose another folder")
+    if args.images or args.draw:
+        with writing(out, "choose another --out"):
+            out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def data_of(args, content):
@@ -147,6 +158,15 @@ def print_numbers(model, branch, numbers, per_class):
     if per_class:
         for name, value in numbers["classes"].items():
             print(f"  {name:20} {evaluation.percent(value):>6}")
+
+
+def draw(args, annotations, columns, out, autocast):
+    """Draw --draw annotated pictures, evenly spread over the split."""
+    indices = pictures.spread(annotations, args.draw)
+    for index in indices:
+        strip = pictures.compare(annotations, index, columns, autocast, threshold=args.threshold)
+        pictures.save(strip, out, index + 1, annotations.path(index))
+    print(f"drawn: {len(indices)} pictures, scores from {args.threshold:g}, in {out}")
 
 
 def write_json(path, content, indent=None):

@@ -11,6 +11,7 @@ import os
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePath
 from urllib.parse import unquote
 
@@ -139,22 +140,24 @@ def load_json(path):
     return content
 
 
+def read_column(content, path, key, field, kind):
+    """One field of every entry of a list in COCO's content, None where it is missing. Raises InputError where it is not
+    of its kind."""
+    if not isinstance(content.get(key), list):
+        raise InputError(f"{path}: not in COCO format (no list {key!r})")
+    words, is_good = kind
+    values = [entry.get(field) if isinstance(entry, dict) else None for entry in content[key]]
+    if not all(map(is_good, values)):
+        number = next(number for number, value in enumerate(values) if not is_good(value))
+        found = repr(values[number])
+        found = found if len(found) < 60 else found[:60] + "..."
+        raise InputError(f"{path}: {key}[{number}]: field {field!r} is {found}, must be {words}")
+    return values
+
+
 def pack(content, path, folder):
     """COCO's lists of entries -> Annotations."""
-
-    def column(key, field, kind):
-        """One field of every entry of a list, None where it is missing. InputError where it is not of its kind."""
-        if not isinstance(content.get(key), list):
-            raise InputError(f"{path}: not in COCO format (no list {key!r})")
-        words, is_good = kind
-        values = [entry.get(field) if isinstance(entry, dict) else None for entry in content[key]]
-        if not all(map(is_good, values)):
-            number = next(number for number, value in enumerate(values) if not is_good(value))
-            found = repr(values[number])
-            found = found if len(found) < 60 else found[:60] + "..."
-            raise InputError(f"{path}: {key}[{number}]: field {field!r} is {found}, must be {words}")
-        return values
-
+    column = partial(read_column, content, path)
     classes = zip(map(int, column("categories", "id", WHOLE)), column("categories", "name", TEXT))
     classes = tuple({"id": number, "name": name} for number, name in sorted(classes))
     image_ids = list(map(int, column("images", "id", WHOLE)))
@@ -171,26 +174,10 @@ def pack(content, path, folder):
     crowd = np.array([int(v or 0) for v in column("annotations", "iscrowd", FLAG)], bool)
     area = np.array([-1 if v is None else v for v in column("annotations", "area", OPTIONAL_NUMBER)], np.float64)
 
-    # An entry with faults counts under its first one only: the first row that is true, the last of which always is.
-    x, y, w, h = xywh.T
-    height, width = sizes[image].T
-    with np.errstate(invalid="ignore", over="ignore"):
-        faults = {
-            "of unknown images": image < 0,
-            "of unknown categories": label < 0,
-            "boxes not finite": ~(np.abs(xywh) < 1e9).all(1),
-            "boxes without area": (w <= 0) | (h <= 0),
-            "boxes outside their image": (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0),
-        }
-    first_fault = np.stack([*faults.values(), np.ones(len(xywh), bool)]).argmax(0)
-    counts = np.bincount(first_fault, minlength=len(faults)).tolist()
-    skipped = Counter({reason: count for reason, count in zip(faults, counts) if count})
-    usable = first_fault >= list(faults).index("boxes without area")  # of known images, with numbers
-    check_units(xywh[usable], width[usable], height[usable], path)
+    skipped, usable = sort_out(xywh, image, label, sizes, path)
 
     # What is left, sorted by image: the boxes of one image become neighbouring rows, in the order of the file.
-    good = np.flatnonzero(first_fault == len(faults))
-    order = good[np.argsort(image[good], kind="stable")]
+    order = usable[np.argsort(image[usable], kind="stable")]
     xywh, area = xywh[order], area[order]
     given = np.isfinite(area) & (area >= 0)
     return Annotations(
@@ -206,6 +193,28 @@ def pack(content, path, folder):
         crowd=crowd[order],
         skipped=skipped,
     )
+
+
+def sort_out(xywh, image, label, sizes, path):
+    """Boxes (M,4), each with the index of its image and of its class or -1 (M,), and the images' sizes (I,2) -> how many
+    entries cannot be used, {reason: number}, and the rows of the others. Raises InputError for boxes of other units."""
+    x, y, w, h = xywh.T
+    height, width = sizes[image].T
+    with np.errstate(invalid="ignore", over="ignore"):
+        faults = {
+            "of unknown images": image < 0,
+            "of unknown categories": label < 0,
+            "boxes not finite": ~(np.abs(xywh) < 1e9).all(1),
+            "boxes without area": (w <= 0) | (h <= 0),
+            "boxes outside their image": (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0),
+        }
+    # An entry counts under its first fault only: the first row that is true, the last of which always is.
+    first_fault = np.stack([*faults.values(), np.ones(len(xywh), bool)]).argmax(0)
+    counts = np.bincount(first_fault, minlength=len(faults)).tolist()
+    known = first_fault >= list(faults).index("boxes without area")  # of known images, with numbers
+    check_units(xywh[known], width[known], height[known], path)
+    skipped = Counter({reason: count for reason, count in zip(faults, counts) if count})
+    return skipped, np.flatnonzero(first_fault == len(faults))
 
 
 def index_by_id(ids, key, path):

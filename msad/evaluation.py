@@ -1,4 +1,5 @@
-"""How good a model is, COCO's twelve numbers by pycocotools, and what it costs: multiply-accumulates and time.
+"""How good a model is, COCO's twelve numbers by pycocotools; what it costs, multiply-accumulates and time; and which
+boxes of a data set each of its levels learns.
 
 The cost is the whole network's. A student at half the resolution has a backbone of a quarter of the cost, but as many
 locations as its teacher, so its head costs the same: a table of backbones alone would hide most of what is left.
@@ -17,8 +18,9 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from . import processes
-from .data import eval_batches, loader, pad_to_multiple, remarks_of, tell
+from . import align, processes
+from .data import eval_batches, fitted_size, loader, pad_to_multiple, remarks_of, tell
+from .models import HEADS
 
 PARTS = ("backbone", "fpn", "head")  # of a model, whose cost is told apart
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -174,3 +176,41 @@ def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def describe_levels(config, annotations, short_side, long_side, device):
+    """A line on how many boxes each aligned level learns; one more, on what to change, if the finest or most learn few.
+
+    All processes have to call it, since the head counts objects over all of them.
+    """
+    measure = lambda scale, pictures: level_shares(config, annotations, short_side, long_side, device, scale, pictures)
+    shares = measure(config.object_scale, 100)
+    percent, strides = ", ".join(f"{100 * share:.0f}" for share in shares), ", ".join(map(str, align.STRIDES))
+    line = f"levels    {percent} % of the boxes learn at strides {strides}, short side {short_side}"
+    if shares[0] >= 0.1 and sum(share >= 0.01 for share in shares) >= 3:
+        return line
+    low, high = 1 / 16, 16.0  # factors on the sizes that levels are responsible for: bisection
+    for _ in range(6):
+        factor = (low * high) ** 0.5
+        low, high = (factor, high) if measure(factor * config.object_scale, 30)[0] < 0.5 else (low, factor)
+    mend = f"--object-scale {high * config.object_scale:.2g} or --short-sides {short_side / high:.0f}"
+    return f"{line}\n          alignment helps at the first stride only: {mend} would put about half of the boxes there"
+
+
+def level_shares(config, annotations, short_side, long_side, device, object_scale, pictures):
+    """The shares of boxes that some location (or anchor) of each aligned level is trained to find, five floats.
+
+    Measured with the head's own assignment, of evenly spread pictures at a short side, in pixels of H.
+    """
+    head = HEADS[config.head](32, len(config.classes), 32, 1, object_scale).to(device)
+    owned = []
+    for index in range(0, len(annotations), -(-len(annotations) // pictures)):
+        height, width = fitted_size(*map(int, annotations.sizes[index]), short_side, long_side)
+        boxes, _ = annotations.objects(index)
+        boxes = torch.from_numpy(boxes).to(device) * (height / int(annotations.sizes[index][0]))
+        sizes = [(-(-height // stride), -(-width // stride)) for stride in align.STRIDES]
+        names = len(config.classes) + 1 + torch.arange(len(boxes), device=device)  # each box has a label of its own
+        learned = head.assign(sizes, [boxes], [names])["labels"][0]
+        levels = learned.split([height * width * head.anchors for height, width in sizes])
+        owned.append(torch.stack([torch.isin(names, level) for level in levels]))
+    return torch.cat(owned, dim=1).float().mean(dim=1).tolist()

@@ -17,10 +17,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import align, checkpoint, evaluation, pictures, processes
-from .data import fitted_size
+from . import checkpoint, evaluation, pictures, processes
 from .files import InputError, blamed, open_locked, writing
-from .models import HEADS
 
 INTERRUPTED = 130  # the exit code of a run that was stopped
 LESS_MEMORY = (
@@ -86,7 +84,7 @@ def print_header(settings, model, train, val, device, out):
     config = model.config
     short_side = sorted(settings.short_sides)[len(settings.short_sides) // 2]
     place = device if processes.world_size() > 1 else "cpu"  # a GPU would be waited for at every picture
-    lines = describe_levels(config, train, short_side, settings.long_side, place)
+    lines = evaluation.describe_levels(config, train, short_side, settings.long_side, place)
     if not processes.is_main():
         return
     head = f"{config.head} {config.head_convs}x{config.head_channels}"
@@ -106,44 +104,6 @@ def print_header(settings, model, train, val, device, out):
     threads = f"{processes.world_size()} process(es) of {torch.get_num_threads()} threads"
     print(f"device    {processes.describe(device)}, {settings.precision}, {threads}")
     print(f"folder    {out}", flush=True)
-
-
-def describe_levels(config, annotations, short_side, long_side, device):
-    """A line on how many boxes each aligned level learns; one more, on what to change, if the finest or most learn few.
-
-    All processes have to call it, since the head counts objects over all of them.
-    """
-    measure = lambda scale, pictures: level_shares(config, annotations, short_side, long_side, device, scale, pictures)
-    shares = measure(config.object_scale, 100)
-    percent, strides = ", ".join(f"{100 * share:.0f}" for share in shares), ", ".join(map(str, align.STRIDES))
-    line = f"levels    {percent} % of the boxes learn at strides {strides}, short side {short_side}"
-    if shares[0] >= 0.1 and sum(share >= 0.01 for share in shares) >= 3:
-        return line
-    low, high = 1 / 16, 16.0  # factors on the sizes that levels are responsible for: bisection
-    for _ in range(6):
-        factor = (low * high) ** 0.5
-        low, high = (factor, high) if measure(factor * config.object_scale, 30)[0] < 0.5 else (low, factor)
-    mend = f"--object-scale {high * config.object_scale:.2g} or --short-sides {short_side / high:.0f}"
-    return f"{line}\n          alignment helps at the first stride only: {mend} would put about half of the boxes there"
-
-
-def level_shares(config, annotations, short_side, long_side, device, object_scale, pictures):
-    """The shares of boxes that some location (or anchor) of each aligned level is trained to find, five floats.
-
-    Measured with the head's own assignment, of evenly spread pictures at a short side, in pixels of H.
-    """
-    head = HEADS[config.head](32, len(config.classes), 32, 1, object_scale).to(device)
-    owned = []
-    for index in range(0, len(annotations), -(-len(annotations) // pictures)):
-        height, width = fitted_size(*map(int, annotations.sizes[index]), short_side, long_side)
-        boxes, _ = annotations.objects(index)
-        boxes = torch.from_numpy(boxes).to(device) * (height / int(annotations.sizes[index][0]))
-        sizes = [(-(-height // stride), -(-width // stride)) for stride in align.STRIDES]
-        names = len(config.classes) + 1 + torch.arange(len(boxes), device=device)  # each box has a label of its own
-        learned = head.assign(sizes, [boxes], [names])["labels"][0]
-        levels = learned.split([height * width * head.anchors for height, width in sizes])
-        owned.append(torch.stack([torch.isin(names, level) for level in levels]))
-    return torch.cat(owned, dim=1).float().mean(dim=1).tolist()
 
 
 def build_optimizer(model, settings):

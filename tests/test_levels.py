@@ -8,7 +8,7 @@ from folders import draw_rectangles, write
 from helpers import tiny_config
 from scripts import TINY, succeed
 
-from msad import annotations, run
+from msad import annotations, evaluation
 
 CPU = torch.device("cpu")
 
@@ -32,21 +32,21 @@ def test_shares_of_squares_that_are_assigned_by_hand(tmp_path):
     # Side 100: at (60, 60) the farthest is 54: level 0; at (52, 52), in the radius of 12 (exactly 12 is outside), no
     # other. Level 1, at 56 or 40 (24 away, outside): 58: none. Of stride 32, points at 48 and 80: 66, not over 128.
     # Side 124: at 60: 66 is level 1's; at (68, 68) too; level 0 none. Stride 16 at 56: 70: level 1 owns it.
-    found = run.level_shares(tiny_config("high"), boxes_of(tmp_path, (40, 100, 124)), 256, 256, CPU, 1.0, 100)
+    found = evaluation.level_shares(tiny_config("high"), boxes_of(tmp_path, (40, 100, 124)), 256, 256, CPU, 1.0, 100)
     assert found == pytest.approx([2 / 3, 1 / 3, 0, 0, 0])
     # Pictures half as large, or levels responsible for twice the sizes: all on level 0.
     everything = boxes_of(tmp_path, (40, 100, 124))
     for short_side, scale in ((128, 1.0), (256, 2.0)):
-        found = run.level_shares(tiny_config("high"), everything, short_side, 256, CPU, scale, 100)
+        found = evaluation.level_shares(tiny_config("high"), everything, short_side, 256, CPU, scale, 100)
         assert found == pytest.approx([1, 0, 0, 0, 0])
 
 
 def test_of_boxes_in_one_another_each_counts(tmp_path):
     read = boxes_of(tmp_path, (40, 40))
     read.starts = np.array([0, 2, 2])  # both are in the first picture: of equal boxes one has all locations
-    assert run.level_shares(tiny_config("high"), read, 256, 256, CPU, 1.0, 100) == pytest.approx([0.5, 0, 0, 0, 0])
+    assert evaluation.level_shares(tiny_config("high"), read, 256, 256, CPU, 1.0, 100) == pytest.approx([0.5, 0, 0, 0, 0])
     read.crowd[:] = [True, False]
-    assert run.level_shares(tiny_config("high"), read, 256, 256, CPU, 1.0, 100) == pytest.approx([1, 0, 0, 0, 0])
+    assert evaluation.level_shares(tiny_config("high"), read, 256, 256, CPU, 1.0, 100) == pytest.approx([1, 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("scale", [0.1, 6])
@@ -54,11 +54,11 @@ def test_of_boxes_in_one_another_each_counts(tmp_path):
 def test_what_is_proposed_puts_half_of_the_boxes_on_the_finest_level(head, scale, tmp_path):
     read = boxes_of(tmp_path, (16, 24, 32, 40, 50, 60, 80, 90, 100, 120))
     config = tiny_config("high", head=head, object_scale=scale)
-    first, second = run.describe_levels(config, read, 256, 256, CPU).splitlines()
+    first, second = evaluation.describe_levels(config, read, 256, 256, CPU).splitlines()
     assert first.startswith("levels    ") and first.endswith(" at strides 8, 16, 32, 64, 128, short side 256")
     words = second.split()
     proposed = float(words[words.index("--object-scale") + 1])
-    shares = run.level_shares(config, read, 256, 256, CPU, proposed, 100)
+    shares = evaluation.level_shares(config, read, 256, 256, CPU, proposed, 100)
     assert 0.3 <= shares[0] <= 0.7
 
 

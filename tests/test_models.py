@@ -7,7 +7,7 @@ from helpers import tiny_config, tiny_model, total
 from torch import nn
 
 import msad
-from msad import align, annotations, checkpoint, distillation, evaluation, heads, models, processes, run
+from msad import align, annotations, checkpoint, distillation, evaluation, heads, models, processes
 from msad.data import CocoDataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -234,7 +234,7 @@ def test_a_head_that_only_the_table_of_heads_knows_works_everywhere(tmp_path, mo
     checkpoint.save(tmp_path / "student.pt", student)
     loaded = msad.load(tmp_path / "student.pt")
     found = annotations.read(draw_rectangles(tmp_path / "data", {"val": 3}), "val")
-    shares = run.level_shares(loaded.config, found, 128, 256, torch.device("cpu"), 1.0, 100)
+    shares = evaluation.level_shares(loaded.config, found, 128, 256, torch.device("cpu"), 1.0, 100)
     assert shares[0] > 0.5 and not any(shares[1:])
     results = evaluation.evaluate(loaded, CocoDataset(found, (128,), 256, "area"), ["low"], batch=2)
     assert 0 <= results["low"][0]["AP"] <= 1 and any(len(d["scores"]) for _, d in results["low"][1])
