@@ -4,7 +4,8 @@
 # recipe for photos, into runs/PHOTOS-START-SEED/; FLAGS are then train.py's.
 #     .github/comparison.sh fcos 0 [PHOTOS [START [FLAGS]]]
 # Stopped and started again, it goes on where it was. Teacher and student train equally long (on photos ITERS iterations,
-# a variable of the environment, or 1000); whatever trains in one go trains as long as both together.
+# a variable of the environment, or 1000); whatever trains in one go trains as long as both together. Another variable,
+# BOTH, holds flags for teachers and students alike.
 set -euo pipefail
 head=$1 seed=$2 name=$1 iters=2000 flags=()
 if [ $# -ge 3 ]; then
@@ -22,7 +23,7 @@ run() {  # the folder's name, the script, its flags
     [ -e "$runs/$folder/finished" ] && return
     [ "$script" = train.py ] && set -- ${flags[@]+"${flags[@]}"} "$@"  # a student inherits them, and not the start
     python "$script" --out "$runs/$folder" --resume --head "$head" --seed "$seed" --iters "$iters" \
-        "$@" >> "$runs/$folder.txt" 2>&1
+        ${BOTH:-} "$@" >> "$runs/$folder.txt" 2>&1
     touch "$runs/$folder/finished"
 }
 

@@ -30,7 +30,7 @@ def gate(teacher, found):
     teacher = teacher.folded()
     dataset = CocoDataset(found, (teacher.config.short_side,), teacher.config.long_side)
     weights = torch.zeros(len(found), len(align.STRIDES))
-    batches = eval_batches(dataset, 8, teacher.multiple)
+    batches = eval_batches(dataset, 8, teacher.multiple, 0, 1)
     for batch in loader(dataset, batches, teacher.multiple, 0, torch.device("cpu")):
         maps = teacher.pyramids(teacher.normalize(batch.images, batch.sizes), ("high", "low"))
         for level, (h, l) in enumerate(zip(maps["high"], maps["low"])):
