@@ -208,7 +208,7 @@ def sort_out(xywh, image, label, sizes, path):
             "boxes without area": (w <= 0) | (h <= 0),
             "boxes outside their image": (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0),
         }
-    # An entry counts under its first fault only: the first row that is true, the last of which always is.
+    # An entry counts under its first fault only. A last row, of True, stands for none.
     first_fault = np.stack([*faults.values(), np.ones(len(xywh), bool)]).argmax(0)
     counts = np.bincount(first_fault, minlength=len(faults)).tolist()
     known = first_fault >= list(faults).index("boxes without area")  # of known images, with numbers
@@ -251,11 +251,8 @@ def look_alike(name, folder):
     """The name of a file that is there and differs in spelling only: \\ for /, %20, accents, upper case, folders before
     it."""
     key = lambda text: unicodedata.normalize("NFC", unquote(text.replace("\\", "/"))).casefold()
-    there = {}
-    for below, _, files in os.walk(folder):
-        for file in sorted(files):
-            other = os.path.normpath(os.path.join(os.path.relpath(below, folder), file))
-            there.setdefault(key(other), other)
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"), reverse=True) if path.is_file()]
+    there = {key(name): name for name in names}  # of several that are alike the first
     parts = PurePath(key(name)).parts
     endings = (os.path.join(*parts[first:]) for first in range(len(parts)))
     return next((there[ending] for ending in endings if ending in there), None)

@@ -80,8 +80,7 @@ def load(path, device="cpu", want=None):
 
     Of the authors' files it prints how their tensors were used. Raises InputError.
     """
-    content = read(path, want)
-    return restore(content, path).to(device)
+    return restore(read(path, want), path).to(device)
 
 
 def read(path, want=None):

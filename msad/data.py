@@ -206,7 +206,7 @@ class TrainBatches:
             raise InputError(f"{annotations.folder}: no image has a box to learn from")
 
     def __iter__(self):
-        waiting = {True: [], False: []}  # for the rest of their batch: wide images, and upright ones
+        waiting = {True: [], False: []}  # wide and upright images, until their batch is full
         batches = drawn = epoch = 0
         while True:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.trainable)
@@ -287,12 +287,12 @@ def tell(annotations, name, noticed, about=""):
 def leave_signals(worker):
     """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean.
 
-    SIGTERM is also how it ends its workers when it ends itself. So after one a worker reads on for some seconds, which a
-    run may need to save, and then ends.
+    When it ends itself it sends SIGTERM to its workers, too. So a worker reads on for some seconds, in which a run can
+    save, and then ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_MORE))
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-    # What cannot be handed over, for want of file descriptors, would be waited for in vain: the worker ends.
+    # A batch that cannot be sent, for want of file descriptors, would be waited for without end: the worker ends.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)

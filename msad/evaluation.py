@@ -62,9 +62,8 @@ def coco_metrics(annotations, detections):
         {"image_id": i, "category_id": label, "bbox": to_xywh(box), "area": area, "iscrowd": crowd}
         for i, label, box, area, crowd in zip(*(column.tolist() for column in columns))
     ]
-    results = coco_results(detections, range(len(annotations)), range(len(annotations.classes)))
-    for entry in results:
-        entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+    found = coco_results(detections, range(len(annotations)), range(len(annotations.classes)))
+    results = [entry | {"area": entry["bbox"][2] * entry["bbox"][3]} for entry in found]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(coco_of(annotations, truth), coco_of(annotations, results), "bbox")
         evaluation.evaluate()

@@ -76,9 +76,9 @@ class FCOSHead(nn.Module):
         return self.complete(*(torch.stack(column) for column in zip(*pairs)))
 
     def complete(self, labels, distances):
-        """`labels` (N,R), K for background, and `distances` (N,R,4) in strides, 1 at background so that losses there are
-        finite before they are masked out -> targets: these, `objects` and `centerness` (N,R), 0 at background, and the
-        sums of the two, means over processes, by which losses are divided."""
+        """Targets from `labels` (N,R), K for background, and `distances` (N,R,4) in strides, 1 at background so that
+        losses are finite there until they are masked. Adds `objects` and `centerness` (N,R), both 0 at background, and
+        `count` and `total`, their sums as means over processes, by which losses are divided."""
         objects = heads.find_objects(labels, self.classes)
         centerness = centerness_target(distances) * objects
         count, total = mean_over_processes(torch.stack([objects.sum(), centerness.sum()]))

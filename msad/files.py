@@ -107,7 +107,7 @@ def load(file, remarks):
     except OSError:
         if image.format != "JPEG":
             raise
-        # It may lack nothing but the mark at its end. Then no bytes before that mark change a pixel.
+        # Perhaps only the mark at its end is missing. Then bytes more before that mark change no pixel.
         file.seek(0)
         data = file.read().rstrip(b"\xff")
         image, other = (Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in (b"", b"\x5a\xa5" * 99))
@@ -179,12 +179,13 @@ def write_tensors(path, content):
         raise InputError(f"{path}: cannot be written ({error}); what stood there before is untouched") from None
 
 
-def open_locked(path, mend):
-    """A file opened for appending, that no other process can open so until this one ends, however it ends.
+def open_locked(path):
+    """A run's file opened for appending, and locked until this process ends, however it ends.
 
-    It is to be read through what is returned: closing the file anywhere in this process would unlock it. Raises
-    InputError with the mend if one has it open, or if it cannot be written. On Windows nothing is locked.
+    Read it through what is returned only: opening and closing it once more in this process would release the lock.
+    Raises InputError if another process has it locked, or if it cannot be written. On Windows nothing is locked.
     """
+    mend = "choose another --out"
     with writing(path, mend):
         file = open(path, "a+b")
         try:

@@ -72,8 +72,8 @@ def find_objects(labels, classes):
 def focal_loss(logits, labels):
     """Logits (N,R,K) and labels (N,R), K for background, below 0 for ignored -> the sum over locations and classes.
 
-    The focal loss of RetinaNet's paper (alpha 0.25, gamma 2): every logit's as if there were nothing, corrected at the
-    few that belong to an object. That is the same sum, without targets as large as the logits.
+    The focal loss of RetinaNet's paper (alpha 0.25, gamma 2). First every logit's loss as if nothing were there, then a
+    correction at the few logits of an object: the same sum, and no targets as large as the logits are needed.
     """
     classes = logits.shape[-1]
     if logits.is_cuda:  # computed again in the backward pass, where three copies of the logits would wait for it

@@ -62,6 +62,8 @@ class Detector(nn.Module):
         self.branches = branches or (config.kind,)
         self.is_folded = False
         self.scale = 2 if config.kind == "low" else 1  # H's pixels per pixel of this model's input
+        self.multiple = config.pad // self.scale  # to which the sides of this model's input are padded
+        self.low_input = config.downsample if self.scale == 2 else ""  # how its images are made small, if they are
         self.frame_scales = dict.fromkeys(self.branches, self.scale)  # of the frame that a branch's boxes are in
         self.backbone = ResNet(config.backbone, config.width)
         self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels or align.LEVELS[config.kind])
@@ -117,7 +119,6 @@ class Detector(nn.Module):
         targets = self.head.assign(sizes, boxes, labels)
         return {branch: self.head.losses(output, targets) for branch, output in outputs.items()}
 
-    @torch.no_grad()
     def detect(self, pictures, branch=None, resize=True, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
         """Find objects in one picture or several, of any sizes: PIL images, NumPy arrays (h,w,3) or (h,w), tensors
         (3,h,w) or (1,h,w), RGB or grey, uint8 or floats in 0-1.
@@ -138,15 +139,14 @@ class Detector(nn.Module):
         for index, image in enumerate(inputs):
             groups.setdefault(self.padded_size(image.shape[-2:]), []).append(index)
         limits = {"threshold": threshold, "max_detections": max_detections}
-        results = [None] * len(images)
+        results = {}
         for members in groups.values():
             batch = pad_to_multiple([inputs[i] for i in members], self.multiple).to(self.mean.device)
             sizes = [tuple(inputs[i].shape[-2:]) for i in members]
             originals = [tuple(images[i].shape[-2:]) for i in members]
             found = self.detect_batch(batch, sizes, originals, [branch], **limits)
-            for index, detections in zip(members, found[branch]):
-                results[index] = detections
-        return results
+            results |= zip(members, found[branch])
+        return [results[index] for index in range(len(images))]
 
     @torch.no_grad()
     def detect_batch(self, images, sizes, originals, branches, **limits):
@@ -200,16 +200,6 @@ class Detector(nn.Module):
         fold_batchnorm(model.backbone)
         model.is_folded = True
         return model.eval().to(memory_format=torch.channels_last)  # eval: for the modules that are new
-
-    @property
-    def low_input(self):
-        """How images are made small for a model that sees low resolution only, or "" for one that does not."""
-        return self.config.downsample if self.scale == 2 else ""
-
-    @property
-    def multiple(self):
-        """The multiple to which the sides of this model's input are padded."""
-        return self.config.pad // self.scale
 
     def padded_size(self, size):
         return tuple(-(-side // self.multiple) * self.multiple for side in size)

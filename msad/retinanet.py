@@ -62,9 +62,9 @@ class RetinaNetHead(nn.Module):
         return self.complete(*(torch.stack(column) for column in zip(*pairs)))
 
     def complete(self, labels, deltas):
-        """`labels` (N,R), K for background and -1 for ignored, and `deltas` (N,R,4) from the anchors, 0 where there is no
-        object so that losses there are finite -> targets: these, `objects` (N,R), 1 where there is one, and their
-        number, a mean over processes, by which losses are divided."""
+        """Targets from `labels` (N,R), K for background and -1 for ignored, and `deltas` (N,R,4) from the anchors, 0
+        where there is no object so that losses are finite there. Adds `objects` (N,R), 1 where there is one, and
+        `count`, their number as a mean over processes, by which losses are divided."""
         objects = heads.find_objects(labels, self.classes)
         count = mean_over_processes(objects.sum()).clamp(min=1)
         return {"labels": labels, "deltas": deltas, "objects": objects, "count": count}

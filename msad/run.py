@@ -35,11 +35,11 @@ def find_checkpoint(out, resume):
 
 def start(settings):
     """Join the other processes, seed everything, settle the precision -> this process's device."""
-    count = processes.world_size()
+    count, parts = processes.world_size(), settings.accumulate
     if settings.batch < count:
         raise InputError(f"--batch {settings.batch} is smaller than the number of processes, {count}")
-    if settings.accumulate > 1 and settings.batch % (settings.accumulate * count):
-        raise InputError(f"--accumulate {settings.accumulate}: times {count} processes it must divide --batch")
+    if parts > 1 and settings.batch % (parts * count):
+        raise InputError(f"--accumulate {parts}: must divide --batch {settings.batch} over {count} process(es)")
     device = processes.start(settings.device)
     torch.manual_seed(settings.seed)
     settings.precision = settings.precision or processes.native_precision(device)
@@ -53,12 +53,11 @@ def open_folder(out, resume):
     """
     log = None
     if processes.is_main():
-        mend = "choose another --out"
-        with writing(out, mend):
+        with writing(out, "choose another --out"):
             out.mkdir(parents=True, exist_ok=True)
-        log = open_locked(out / "log.jsonl", mend)
+        log = open_locked(out / "log.jsonl")
         if not resume and keep_earlier(out):
-            log = open_locked(out / "log.jsonl", mend)
+            log = open_locked(out / "log.jsonl")
         elif resume and not (out / "last.pt").exists():
             print(f"{out} holds no checkpoint yet: starting from the beginning")
     processes.barrier()
@@ -161,7 +160,7 @@ class Run:
         silent = None if processes.is_main() else True  # None: a bar only on a terminal
         self.bar = tqdm(total=self.settings.iters, initial=self.start, disable=silent, dynamic_ncols=True)
         if self.start and self.is_due(self.start, self.settings.eval_every):
-            self.evaluate(self.start)  # which comes after saving, and is not in the log that the checkpoint knows
+            self.evaluate(self.start)  # once more: the checkpoint was saved before, and the log is cut off there
         return self
 
     def __exit__(self, kind, error, traceback):

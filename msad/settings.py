@@ -16,9 +16,9 @@ from .distillation import DISTANCES
 from .files import InputError, blamed
 from .models import HEADS, ModelConfig
 
-# Every setting of both training scripts, which is a flag too: its value in the small recipe, a network and pictures for
-# a laptop, in the one for photos of one's own, and in COCO's, which is the paper's. None follows from the number of
-# photos. Sides are in pixels of the high-resolution input.
+# Every setting of both training scripts, each a flag too, with its value in the three recipes: small (drawn pictures, a
+# laptop), photos (one's own) and coco (the paper's). A value of None is computed from the number of photos. Sides are in
+# pixels of the high-resolution input.
 TABLE = {
     "where things are": {
         "data": ("", "", "", "folder in COCO layout (default: drawn shapes in data/shapes)"),
@@ -174,10 +174,9 @@ def resume_settings(typed, own, content, path):
 
 
 def check_stored(name, value, default):
-    """Raise TypeError or ValueError for a value that a setting never has."""
-    if type(value) is not type(default) or isinstance(value, list) and any(type(v) is not int for v in value):
-        raise TypeError(f"{name} is {value!r}")
-    if name in CHOICES and value not in CHOICES[name]:
+    """Raise ValueError for a value that a setting never has."""
+    strange = type(value) is not type(default) or isinstance(value, list) and any(type(v) is not int for v in value)
+    if strange or name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{name} is {value!r}")
 
 
@@ -191,8 +190,6 @@ def check_settings(settings):
     multiple = HEADS[settings.head].channel_multiple
     if settings.head_channels % multiple:
         raise InputError(f"--head-channels must be a multiple of {multiple} for {settings.head}")
-    if settings.batch % settings.accumulate:
-        raise InputError(f"--accumulate {settings.accumulate}: must divide --batch {settings.batch}")
     if settings.pad % 64:
         raise InputError("--pad must be a multiple of 64, or the two pyramids do not align")
 

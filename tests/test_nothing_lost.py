@@ -570,7 +570,7 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, failing_ran
     expected = f"val/{2 * failing_rank}.png: not readable as an image"
     if fault == "the folder":
         (tmp_path / "out").mkdir()
-        log = open_locked(tmp_path / "out" / "log.jsonl", "")  # as another run does
+        log = open_locked(tmp_path / "out" / "log.jsonl")  # as another run does
         expected = f"error: {tmp_path}/out: in use by another run; choose another --out"
 
     def change():

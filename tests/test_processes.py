@@ -279,7 +279,7 @@ def test_two_processes_that_take_a_batch_in_parts_have_the_mean_of_their_joint_p
 def test_norms_of_each_process_s_own_and_parts_that_do_not_divide_a_batch(two):
     assert outcomes(two, "local norms") == [None, None]
     assert checkpoint.read(two / "local" / "last.pt")["training"]["settings"]["norm"] == "local"
-    assert outcomes(two, "uneven parts") == 2 * ["--accumulate 2: times 2 processes it must divide --batch"]
+    assert outcomes(two, "uneven parts") == 2 * ["--accumulate 2: must divide --batch 6 over 2 process(es)"]
 
 
 def test_a_killed_process_ends_the_job_and_the_run_resumes_to_the_same_bits(two, tmp_path):
