@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.ones((), requires_grad=True).backward()  # before any export, else processes forked after one cannot train
 sys.path.insert(0, str(Path(__file__).parents[1]))  # msad and the scripts, for a bare `pytest` too
 
 
