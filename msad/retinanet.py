@@ -10,6 +10,7 @@ to whole pixels, and these are not.
 Shapes: N images, R anchors over all levels (9 side by side per cell), K classes, M boxes, C channels.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,7 +43,7 @@ class RetinaNetHead(nn.Module):
         heads.initialize_outputs(self.cls_logits, self.box_pred)
         sides = [(size / ratio**0.5, size * ratio**0.5) for ratio in RATIOS for size in SIZES]
         # Width and height of a cell's anchors in strides. Plain numbers, which no device and no precision changes.
-        self.sides = (object_scale * torch.tensor(sides)).tolist()
+        self.sides = (np.float32(object_scale) * np.array(sides, np.float32)).tolist()
 
     def forward(self, pyramid):
         """Five maps (N,C,h,w) -> a dict: `logits` (N,R,K), `deltas` (N,R,4) from the anchors, `sizes` [(h,w)]."""
