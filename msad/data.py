@@ -67,17 +67,18 @@ def resize(image, size, low=""):
 
     What a low-resolution branch is trained on is the image at `size`, then downsampled. For "area" one step comes
     closest to that with a Hamming filter where `size` is at most the image's own, and with the usual bilinear one where
-    the image would have been enlarged first. "nearest", the authors' choice, has to be made in two steps.
+    the image would have been enlarged first. It is Pillow's step, so that a program that has a student and not this
+    package can make the same pixels. "nearest", the authors' choice, has to be made in two steps.
     """
-    enlarged = size[0] > image.shape[1]
+    fitting = Image.Resampling.BILINEAR if size[0] > image.shape[1] else Image.Resampling.HAMMING
     if low == "nearest":
         return resize(image, size)[:, ::2, ::2]
     if low:
         size = tuple(-(-side // 2) for side in size)
     if size == tuple(image.shape[1:]):
         return image
-    if low and not enlarged:
-        planes = [Image.fromarray(plane.cpu().numpy()).resize(size[::-1], Image.Resampling.HAMMING) for plane in image]
+    if low:
+        planes = [Image.fromarray(plane.cpu().numpy()).resize(size[::-1], fitting) for plane in image]
         return torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]).to(image.device)
     pixels = image.cpu() if image.dtype == torch.uint8 else image  # no other device resizes bytes, and floats are large
     return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].to(image.device)

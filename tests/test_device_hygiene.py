@@ -236,7 +236,7 @@ def test_bytes_on_the_device_are_resized_where_pytorch_can(monkeypatch, size, lo
         image = data.resize(torch.empty(3, 40, 60, dtype=torch.uint8, device=CUDA), size, low)
     half = 2 if low else 1
     assert image.device == CUDA and image.shape == (3, size[0] // half, size[1] // half)
-    assert set(resized) <= {(torch.uint8, "cpu")} and (resized or size[0] == 40 or low == "area")
+    assert set(resized) <= {(torch.uint8, "cpu")} and (resized or size[0] == 40 or low == "area")  # that is Pillow's
 
 
 def test_the_script_for_a_gpu_makes_calls_that_the_scripts_understand(tmp_path):

@@ -93,9 +93,9 @@ def assert_same(found, expected, tolerance):
     assert difference.amin(0).max() < tolerance and difference.amin(1).max() < tolerance
 
 
-def expected_of(model, branch, names):
-    """What the model finds in the pixels that the README's lines made, in the picture's own."""
-    (expected,) = model.detect(names["pixels"][0], branch, resize=False)
+def expected_of(model, branch, names, batch=None):
+    """What the model finds in the pixels that the README's lines made, the last of a batch, in the picture's own."""
+    *_, expected = model.detect(batch or names["pixels"][0], branch, resize=False)
     scale = torch.tensor(names["picture"].size) / torch.tensor(names["size"])
     return expected | {"boxes": expected["boxes"] * scale.repeat(2)}
 
@@ -108,16 +108,19 @@ def test_the_lines_shown_find_what_the_model_finds(export, monkeypatch, head, ki
     for size in SIZES:
         several = [found_as_shown(loaded, size, seed) for seed in range(3)]
         for names in several:
-            # Not a pixel differs where Pillow resizes for both, and hardly one where PyTorch does for the model.
-            resized = model.resized(torch.from_numpy(np.array(names["picture"])).permute(2, 0, 1))
-            difference = (names["pixels"][0].int() - resized.int()).abs()
-            assert difference.max() <= (0 if kind == "low" and size == SIZES[1] else 2)
-            assert (difference > 0).float().mean() < 0.02
             assert_same(names, expected_of(model, branch, names), 1e-4)
-        # Three pictures at once, by kernels that round otherwise.
-        boxes, scores = loaded["network"](torch.cat([names["pixels"] for names in several]))
+            if kind == "low":
+                (expected,) = model.detect([names["picture"]])
+                assert_same(names, expected, 1e-4)
+            else:  # Pillow resizes here and PyTorch in the model: some pixels differ, by a grey level or two.
+                resized = model.resized(torch.from_numpy(np.array(names["picture"])).permute(2, 0, 1))
+                difference = (names["pixels"][0].int() - resized.int()).abs()
+                assert difference.max() <= 2 and (difference > 0).float().mean() < 0.02
+        # Three pictures at once: so many have kernels of their own, which round otherwise.
+        pixels = torch.cat([names["pixels"] for names in several])
+        boxes, scores = loaded["network"](pixels)
         together = found_as_shown(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
-        assert_same(together, expected_of(model, branch, several[2]), 1e-3)
+        assert_same(together, expected_of(model, branch, several[2], list(pixels)), 1e-4)
 
 
 @pytest.mark.parametrize("kind, branch", [("high", "high"), ("conventional", "low"), ("teacher", "low")])
@@ -143,10 +146,10 @@ def test_onnxruntime_finds_the_same(export, monkeypatch, head):
     for size in SIZES:
         several = [found_as_shown(loaded, size, seed) for seed in range(3)]
         for names in several:
-            assert_same(names, expected_of(model, "low", names), 0.01)
+            assert_same(names, expected_of(model, "low", names), 1e-3)
         boxes, scores = loaded["network"](torch.cat([names["pixels"] for names in several]))
         together = found_as_shown(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
-        assert_same(together, expected_of(model, "low", several[2]), 0.01)
+        assert_same(together, expected_of(model, "low", several[2]), 1e-3)
     session = loaded["session"]
     assert [(i.name, i.type) for i in session.get_inputs()] == [("images", "tensor(uint8)")]
     assert [o.name for o in session.get_outputs()] == ["boxes", "scores"]
