@@ -14,6 +14,24 @@ torch.ones((), requires_grad=True).backward()  # before any export, else process
 sys.path.insert(0, str(Path(__file__).parents[1]))  # msad and the scripts, for a bare `pytest` too
 
 
+@pytest.fixture(autouse=True, scope="session")
+def costs_are_counted_once():
+    """Hundreds of runs begin with what their model costs, and few models are different: a minute saved in all."""
+    from msad import evaluation
+
+    count, known = evaluation.count_cost, {}
+
+    def counted(model, *what):
+        key = repr((model.config, *what))
+        if key not in known:
+            known[key] = count(model, *what)
+        return dict(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "count_cost", counted)
+        yield
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
     """A folder with a small data set, a teacher, and an uninterrupted run of either script. Not to be written to."""

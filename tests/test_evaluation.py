@@ -19,6 +19,7 @@ from torch import nn
 
 from msad import annotations, checkpoint, evaluation, models
 from msad.data import CocoDataset
+from msad.evaluation import count_cost
 
 NOTHING = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0, np.float32), "labels": np.zeros(0, np.int64)}
 
@@ -182,7 +183,7 @@ def test_evaluating_and_counting_leave_the_model_as_it_was(tmp_path, training):
     model = models.build(tiny_config("teacher")).train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     evaluation.evaluate(model, dataset, ["high"], 2)
-    evaluation.count_cost(model, "fused", 64, 64)
+    count_cost(model, "fused", 64, 64)
     evaluation.measure_cost(model, dataset, "low", images=1)
     assert all(module.training == training for module in model.modules())
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
@@ -202,7 +203,7 @@ BRANCHES = [("high", "high"), ("low", "low"), ("teacher", "high"), ("teacher", "
 
 def gmacs(model, branch, height, width):
     """What is counted, by part."""
-    return evaluation.count_cost(model, branch, height, width)["gmacs"]
+    return count_cost(model, branch, height, width)["gmacs"]
 
 
 def by_hand(model, branch, images):

@@ -1,6 +1,7 @@
 """Exported networks: the README's lines run with them, and find what the model itself finds."""
 
-import json
+import contextlib
+import functools
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from msad import checkpoint, processes
 from msad.export import Exported, describe
 
 SIZES = ((90, 150), (300, 200))  # height, width of pictures that are enlarged, and shrunk
-CASES = [("fcos", "low", "low"), ("retinanet", "low", "low"), ("retinanet", "teacher", "fused")]
+CASES = [("fcos", "low", "low"), ("retinanet", "low", "low"), ("fcos", "teacher", "fused")]
 
 
 def shown_lines():
@@ -60,22 +61,25 @@ def picture(size, seed):
     return blocks.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def loaded_as_shown(suffix):
-    """What the README's imports and the lines that load a file leave behind, run in the current folder."""
+@functools.cache  # loading takes seconds
+def loaded_as_shown(folder, suffix=".pt2"):
+    """What the README's imports and the lines that load a file leave behind, run in a folder."""
     imports, load, _, load_onnx = shown_lines()
     names = {}
     exec(imports, names)
     if suffix == ".onnx":
         names["onnxruntime"] = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    exec(load_onnx if suffix == ".onnx" else load, names)
+    with contextlib.chdir(folder):
+        exec(load_onnx if suffix == ".onnx" else load, names)
     return names
 
 
-def found_as_shown(loaded, size, seed, **others):
+def found_as_shown(folder, loaded, size, seed, **others):
     """What the README's lines for a picture leave behind. `others` stand in for what was loaded."""
-    picture(size, seed).save("picture.png")
+    picture(size, seed).save(folder / "picture.png")
     names = loaded | others
-    exec(shown_lines()[2], names)
+    with contextlib.chdir(folder):
+        exec(shown_lines()[2], names)
     return names
 
 
@@ -101,12 +105,11 @@ def expected_of(model, branch, names, batch=None):
 
 
 @pytest.mark.parametrize("head, kind, branch", CASES)
-def test_the_lines_shown_find_what_the_model_finds(export, monkeypatch, head, kind, branch):
+def test_the_lines_shown_find_what_the_model_finds(export, head, kind, branch):
     model, folder = export(head, kind, branch, ".pt2")
-    monkeypatch.chdir(folder)
-    loaded = loaded_as_shown(".pt2")
+    loaded = loaded_as_shown(folder)
     for size in SIZES:
-        several = [found_as_shown(loaded, size, seed) for seed in range(3)]
+        several = [found_as_shown(folder, loaded, size, seed) for seed in range(3)]
         for names in several:
             assert_same(names, expected_of(model, branch, names), 1e-4)
             if kind == "low":
@@ -119,41 +122,39 @@ def test_the_lines_shown_find_what_the_model_finds(export, monkeypatch, head, ki
         # Three pictures at once: so many have kernels of their own, which round otherwise.
         pixels = torch.cat([names["pixels"] for names in several])
         boxes, scores = loaded["network"](pixels)
-        together = found_as_shown(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
+        together = found_as_shown(folder, loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
         assert_same(together, expected_of(model, branch, several[2], list(pixels)), 1e-4)
 
 
 @pytest.mark.parametrize("kind, branch", [("high", "high"), ("conventional", "low"), ("teacher", "low")])
-def test_the_other_kinds_give_the_branch_that_is_asked_for(monkeypatch, tmp_path, kind, branch):
+def test_the_other_kinds_give_the_branch_that_is_asked_for(tmp_path, kind, branch):
     """Without PyTorch's tracing, which takes long."""
     model = tiny_model(kind)
     model.head.cls_logits.weight.data /= 5
     names = {"network": Exported(model, branch).eval(), "about": describe(model, branch)}
     exec(shown_lines()[0], names)
-    monkeypatch.chdir(tmp_path)
     with torch.no_grad():
-        found = found_as_shown(names, SIZES[0], 0)
+        found = found_as_shown(tmp_path, names, SIZES[0], 0)
     assert_same(found, expected_of(model.folded(), branch, found), 1e-4)
 
 
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
-def test_onnxruntime_finds_the_same(export, monkeypatch, head):
+def test_onnxruntime_finds_the_same(export, head):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     model, folder = export(head, "low", "low", ".onnx")
-    monkeypatch.chdir(folder)
-    loaded = loaded_as_shown(".onnx")
+    loaded = loaded_as_shown(folder, ".onnx")
     for size in SIZES:
-        several = [found_as_shown(loaded, size, seed) for seed in range(3)]
+        several = [found_as_shown(folder, loaded, size, seed) for seed in range(3)]
         for names in several:
             assert_same(names, expected_of(model, "low", names), 1e-3)
         boxes, scores = loaded["network"](torch.cat([names["pixels"] for names in several]))
-        together = found_as_shown(loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
+        together = found_as_shown(folder, loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
         assert_same(together, expected_of(model, "low", several[2]), 1e-3)
     session = loaded["session"]
     assert [(i.name, i.type) for i in session.get_inputs()] == [("images", "tensor(uint8)")]
     assert [o.name for o in session.get_outputs()] == ["boxes", "scores"]
-    content = pytest.importorskip("onnx").load("student.onnx")
+    content = pytest.importorskip("onnx").load(folder / "student.onnx")
     assert [(o.domain, o.version) for o in content.opset_import] == [("", 20)]
     assert [path.name for path in folder.glob("*.onnx*")] == ["student.onnx"]  # weights and all
 
@@ -163,7 +164,7 @@ def test_pictures_may_be_as_small_as_one_pixel(export, size):
     """Where a map of the pyramid has one cell only, PyTorch would have the export refuse the picture."""
     model, folder = export("fcos", "low", "low", ".pt2")
     images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    boxes, scores = torch.export.load(folder / "student.pt2").module()(images)
+    boxes, scores = loaded_as_shown(folder)["network"](images)
     padded = torch.zeros(2, 3, *model.padded_size(size), dtype=torch.uint8)
     padded[:, :, : size[0], : size[1]] = images
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_pytorch_alone_runs_the_file(export):
     images = torch.randint(256, (3, 3, 70, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.save(images, folder / "images.pt")
     subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=folder, check=True)
-    expected = torch.export.load(folder / "student.pt2").module()(images)
+    expected = loaded_as_shown(folder)["network"](images)
     for one, other in zip(torch.load(folder / "alone.pt"), expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -199,10 +200,8 @@ def test_pytorch_alone_runs_the_file(export):
 @pytest.mark.parametrize("head, kind, branch", [CASES[0], CASES[2]])
 def test_what_a_caller_needs_to_know_is_in_the_file(export, head, kind, branch):
     model, folder = export(head, kind, branch, ".pt2")
-    files = {"msad.json": ""}
-    torch.export.load(folder / "student.pt2", extra_files=files)
     low = kind == "low"
-    assert json.loads(files["msad.json"]) == {
+    assert loaded_as_shown(folder)["about"] == {
         "kind": kind, "branch": branch, "classes": list(CLASSES), "short_side": 128, "long_side": 256,
         "scale": 2 if low else 1, "multiple": 32 if low else 64, "downsample": "area" if low else "",
         "score_threshold": 0.05, "nms_iou": 0.6 if head == "fcos" else 0.5, "detections": 100,
@@ -223,6 +222,8 @@ def test_bf16_is_exported_as_the_model_computes_it(export):
 
 def test_what_cannot_be_exported_is_said_in_one_line(export, monkeypatch):
     _, folder = export("fcos", "low", "low", ".pt2")
+    for slow in ("trace", "to_pt2"):
+        monkeypatch.setattr(f"msad.export.{slow}", lambda *_: b"")
     flags = ["--ckpt", folder / "last.pt", "--export"]
     assert "must end in .pt2 or .onnx" in complaint(evaluate, *flags, folder / "student.pth")
     assert "nothing/student.pt2: cannot be written" in complaint(evaluate, *flags, folder / "nothing" / "student.pt2")
