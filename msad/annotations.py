@@ -84,7 +84,8 @@ def check_classes(one, found, other, wanted):
         describe = lambda classes: [f"{c['id']} {c['name']}" for c in classes]
         extra = [c for c in describe(found) if c not in describe(wanted)]
         missing = [c for c in describe(wanted) if c not in describe(found)]
-        raise InputError(f"{one} and {other} have different classes: {extra[:5]} only here, {missing[:5]} only there")
+        counts = f"{len(extra)} only here {extra[:3]}, {len(missing)} only there {missing[:3]}"
+        raise InputError(f"{one} and {other} have different classes or another order: {counts}")
 
 
 def find(data, split):
@@ -99,8 +100,8 @@ def find(data, split):
         if not files and path.is_file():
             return path, path.parent
     if len(files) != 1:
-        found = f"{len(files)} files match: keep one of them" if files else "no such file"
-        raise InputError(f"{folder}/instances_{split}*.json: {found} (a COCO-layout folder has exactly one)")
+        found = f"{len(files)} files match: keep one of them" if files else f"no such file, and no {beside[-1]}"
+        raise InputError(f"{folder}/instances_{split}*.json: {found}")
     images = Path(data) / files[0].stem.removeprefix("instances_")
     if not images.is_dir():
         raise InputError(f"{images}: no such folder; the images of {files[0].name} belong there")

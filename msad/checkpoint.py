@@ -200,7 +200,7 @@ def load_backbone(model, content, source):
         expected = expected_backbone(width)
     classifier = {key: tensor for key, tensor in state.items() if key.startswith(("fc.", "classifier."))}
     expected |= {key: Expected(shape_of(tensor), "", "the classifier") for key, tensor in classifier.items()}
-    used = take(state, expected, f"{source}: {origin} ImageNet weights for {name} of width {width:g}")
+    used = take(state, expected, f"{source}: {origin} ImageNet weights for --backbone {name} --width {width:g}")
     model.backbone.load_state_dict(cut(used, model.backbone))
 
 

@@ -185,15 +185,16 @@ def describe_levels(config, annotations, short_side, long_side, device):
     measure = lambda scale, pictures: level_shares(config, annotations, short_side, long_side, device, scale, pictures)
     shares = measure(config.object_scale, 100)
     percent, strides = ", ".join(f"{100 * share:.0f}" for share in shares), ", ".join(map(str, align.STRIDES))
-    line = f"levels    {percent} % of the boxes learn at strides {strides}, short side {short_side}"
+    line = f"levels    {percent} % of the boxes learn at strides {strides} (some at several), short side {short_side}"
     if shares[0] >= 0.1 and sum(share >= 0.01 for share in shares) >= 3:
         return line
     low, high = 1 / 16, 16.0  # factors on the sizes that levels are responsible for: bisection
     for _ in range(6):
         factor = (low * high) ** 0.5
         low, high = (factor, high) if measure(factor * config.object_scale, 30)[0] < 0.5 else (low, factor)
-    mend = f"--object-scale {high * config.object_scale:.2g} or --short-sides {short_side / high:.0f}"
-    return f"{line}\n          alignment helps at the first stride only: {mend} would put about half of the boxes there"
+    side = f"{short_side / high:.0f}"
+    mend = f"--object-scale {high * config.object_scale:.2g} or with --short-sides {side} --test-side {side}"
+    return f"{line}\n          alignment helps at the first stride only; about half of the boxes are there with {mend}"
 
 
 def level_shares(config, annotations, short_side, long_side, device, object_scale, pictures):

@@ -158,6 +158,8 @@ class Run:
         self.handlers = {number: signal.signal(number, self.note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         self.began = time.monotonic()
         silent = None if processes.is_main() else True  # None: a bar only on a terminal
+        if self.start:
+            processes.say(f"resumed   after {self.start} of {self.settings.iters} iterations")
         self.bar = tqdm(total=self.settings.iters, initial=self.start, disable=silent, dynamic_ncols=True)
         if self.start and self.is_due(self.start, self.settings.eval_every):
             self.evaluate(self.start)  # once more: the checkpoint was saved before, and the log is cut off there
@@ -273,8 +275,8 @@ class Run:
     def show_progress(self, done, numbers):
         """On the bar, or, where there is no terminal, as a line now and then."""
         self.bar.update(done - self.bar.n)
-        every = self.settings.log_every
-        if not processes.is_main() or done % every:
+        first, every = done == self.start + 1, self.settings.log_every
+        if not processes.is_main() or done % every and not first:
             return
         elapsed = time.monotonic() - self.began
         seconds = elapsed / (done - self.start)
@@ -283,7 +285,7 @@ class Run:
         if self.model.mean.is_cuda:
             text += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         self.bar.set_postfix_str(text, refresh=False)
-        if self.bar.disable and done % (5 * every) == 0:
+        if self.bar.disable and (first or done % (5 * every) == 0):  # the first tells whether it is worth waiting
             left = tqdm.format_interval(seconds * (self.settings.iters - done))
             print(f"{done}/{self.settings.iters} {text}, {left} left", flush=True)
 
