@@ -3,13 +3,14 @@
 # of photos in COCO's layout into runs/PHOTOS-SEED/, with the small recipe. With START, what --weights takes, it is the
 # recipe for photos, into runs/PHOTOS-START-SEED/; FLAGS are then train.py's.
 #     .github/comparison.sh fcos 0 [PHOTOS [START [FLAGS]]]
-# Stopped and started again, it goes on where it was. Teacher and student train equally long (on photos ITERS iterations,
-# a variable of the environment, or 1000); whatever trains in one go trains as long as both together. Another variable,
-# BOTH, holds flags for teachers and students alike.
+# Stopped and started again, it goes on where it was. Teacher and student train equally long (ITERS iterations, a
+# variable of the environment, or those of the small recipe); whatever trains in one go trains as long as both together.
+# Another variable, BOTH, holds flags for teachers and students alike.
 set -euo pipefail
-head=$1 seed=$2 name=$1 iters=2000 flags=()
+head=$1 seed=$2 name=$1 flags=()
+[ "$head" = retinanet ] && iters=${ITERS:-2000} || iters=${ITERS:-1000}
 if [ $# -ge 3 ]; then
-    name=$(basename "$3") iters=${ITERS:-1000} flags=(--data "$3" --recipe small)
+    name=$(basename "$3") flags=(--data "$3" --recipe small)
 fi
 if [ $# -ge 4 ]; then
     name=$name-$(basename "$4" .pth) flags=(--data "$3" --recipe photos --weights "$4" "${@:5}")

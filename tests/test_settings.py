@@ -93,12 +93,23 @@ def test_statistics_of_batchnorm_stay_only_where_there_are_some(tmp_path):
         assert settings.settle(typed | {"data": data}, train.OWN).norm == norm
 
 
-@pytest.mark.parametrize("recipe, batch, rate", [("small", 2, 0.003 / 4), ("coco", 32, 0.02)])
+@pytest.mark.parametrize("recipe, batch, rate", [("small", 2, 0.008 / 4), ("coco", 32, 0.02)])
 def test_the_learning_rate_is_in_proportion_to_the_batch_unless_it_is_typed(recipe, batch, rate):
     typed = {"recipe": recipe, "batch": batch}
     assert settings.settle(typed, train.OWN).lr == pytest.approx(rate)
     assert settings.settle(typed | {"lr": 0.7}, train.OWN).lr == 0.7
-    assert settings.settle(typed, distill.OWN, settings.inherit(teacher_content(), "t.pt")).lr == pytest.approx(rate)
+    teacher = settings.inherit(teacher_content(head="fcos"), "t.pt")
+    assert settings.settle(typed, distill.OWN, teacher).lr == pytest.approx(rate)
+
+
+def test_a_small_retinanet_takes_smaller_steps_and_more_of_them():
+    small = settings.settle({"head": "retinanet"}, train.OWN)
+    assert (small.iters, small.eval_every, small.lr) == (2000, 1000, 0.003)
+    assert settings.settle({"head": "retinanet", "batch": 4}, train.OWN).lr == pytest.approx(0.0015)
+    assert settings.settle({"head": "retinanet", "iters": 7}, train.OWN).iters == 7
+    teacher = settings.inherit(teacher_content(), "t.pt")
+    assert settings.settle({"recipe": "small"}, distill.OWN, teacher).iters == 2000
+    assert settings.settle({"recipe": "coco"}, distill.OWN, teacher).iters == 90_000
 
 
 def test_a_student_inherits_data_and_network_and_nothing_else_of_its_teacher_s_run():
@@ -106,7 +117,8 @@ def test_a_student_inherits_data_and_network_and_nothing_else_of_its_teacher_s_r
     assert {name: found[name] for name in INHERITED} == {name: value for name, (value, _) in INHERITED.items()}
     own = {"teacher": "t.pt", "kd_loss": "l1", "kd": 0.6, "kd_ramp": 500, "weights": "teacher"}
     rest = {name: value for name, value in found.items() if name not in INHERITED}
-    assert rest == {name: value for name, value in (settings.SMALL | own).items() if name not in INHERITED}
+    expected = settings.SMALL | settings.SMALL_RETINANET | own
+    assert rest == {name: value for name, value in expected.items() if name not in INHERITED}
 
 
 @pytest.mark.parametrize("name", INHERITED)
