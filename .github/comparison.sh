@@ -8,7 +8,7 @@
 # Another variable, BOTH, holds flags for teachers and students alike.
 set -euo pipefail
 head=$1 seed=$2 name=$1 flags=()
-[ "$head" = retinanet ] && iters=${ITERS:-2000} || iters=${ITERS:-1000}
+[ "$head" = retinanet ] && iters=${ITERS:-2000} || iters=${ITERS:-1200}
 if [ $# -ge 3 ]; then
     name=$(basename "$3") flags=(--data "$3" --recipe small)
 fi

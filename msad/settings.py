@@ -44,7 +44,7 @@ TABLE = {
         "object_scale": (0.68, 1.0, 1.0, "sizes of objects as a multiple of COCO's"),
     },
     "optimization": {
-        "iters": (1000, None, 90_000, "training iterations"),
+        "iters": (1200, None, 90_000, "training iterations"),
         "batch": (8, 8, 16, "images per iteration, over all processes"),
         "accumulate": (1, 1, 1, "parts in which a process computes its images of an iteration, one after the other"),
         "lr": (0.008, 2e-4, 0.01, "learning rate, in proportion to --batch"),
@@ -59,7 +59,7 @@ TABLE = {
         "device": ("", "", "", "cuda or cpu (default: CUDA where there is one)"),
         "precision": ("", "", "", "default: bf16 where the device has it"),
         "workers": (0, 2, 4, "processes that read images"),
-        "eval_every": (500, None, 10_000, "iterations between evaluations"),
+        "eval_every": (600, None, 10_000, "iterations between evaluations"),
         "save_every": (250, 250, 500, "iterations between checkpoints"),
         "log_every": (20, 20, 20, "iterations between lines of the log"),
     },
