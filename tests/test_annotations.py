@@ -110,7 +110,7 @@ def test_suffix_of_the_file_names_the_folder(tmp_path):
     assert annotations.read(tmp_path, "val").folder == tmp_path / "val2017"
     write(tmp_path, random_content(0), "val2014")
     assert "instances_val*.json: 2 files" in error_of(tmp_path, "val")
-    assert "instances_train*.json: no such file" in error_of(tmp_path)
+    assert f"instances_train*.json: no such file, and no {tmp_path}/train/_annotations.coco.json" in error_of(tmp_path)
     (tmp_path / "annotations" / "instances_train.json").write_text("{}")
     assert f"{tmp_path / 'train'}: no such folder" in error_of(tmp_path)
 

@@ -45,7 +45,10 @@ def test_stopped_then_killed_then_resumed_equals_uninterrupted(uninterrupted, tm
     assert kill(process) != 0 and checkpoint.read(out / "last.pt")["training"]["done"] < 20
 
     (out / "last.pt.tmp").write_bytes(b"half a checkpoint")
-    succeed(script, "--resume", "--out", out, "--workers", 1)
+    done = checkpoint.read(out / "last.pt")["training"]["done"]
+    printed = succeed(script, "--resume", "--out", out, "--workers", 1).splitlines()
+    at = printed.index(f"resumed   after {done} of 20 iterations")
+    assert printed[at + 1].startswith(f"{done + 1}/20 loss ")
     assert_same_run(out, uninterrupted / name)
 
 
