@@ -4,6 +4,7 @@ import argparse
 import datetime
 import os
 import sys
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,8 @@ def run_script(main):
             raise
         # A worker process wraps an InputError in its traceback: the last line is ours.
         print(f"error: {reason.split('InputError: ')[-1].strip()}", file=sys.stderr)
+        # An error within a worker stands in a circle with the frames it passed, which would keep all workers alive.
+        traceback.clear_frames(error.__traceback__)
         code = 2
     if dist.is_initialized() and code:
         # Others may wait for this process in a collective: it leaves at once, and torchrun ends them.

@@ -1,6 +1,7 @@
 """What a user can get wrong on the command line: exit code 2 and one line that names it, never a traceback."""
 
 import json
+import multiprocessing
 import shutil
 
 import distill
@@ -151,8 +152,10 @@ def test_classes_must_be_the_same_everywhere(home, other_data, tmp_path):
 def test_a_picture_that_cannot_be_read_stops_the_run_by_name(other_data, tmp_path, workers, split):
     for path in (other_data / split).iterdir():
         path.write_bytes(path.read_bytes()[:100])
+    before = set(multiprocessing.active_children())
     line = complaint(train, *TINY, "--data", other_data, "--out", tmp_path / "out", "--workers", workers)
     assert line.startswith(f"error: {other_data / split}/") and "readable as an image" in line
+    assert set(multiprocessing.active_children()) <= before  # else the script would wait for them at its end
 
 
 def test_a_process_of_its_own_says_the_same_and_help_is_no_error(home, tmp_path):
