@@ -56,13 +56,14 @@ def main():
 
     content = checkpoint.read(args.ckpt)
     model = checkpoint.restore(content, args.ckpt).to(device)
+    name = name_of(args, content)
     branches = choose_branches(args, model)
     if args.export:
         if processes.is_main():
             takes = export.save(args.export, model, branches[0], args.precision or "fp32")
-            print(f"written to {args.export}: {model.config.kind} @ {branches[0]}; {takes}")
+            print(f"written to {args.export}: {name} @ {branches[0]}; {takes}")
         return
-    columns = choose_columns(args, model, branches, device)
+    columns = choose_columns(args, model, name, branches, device)
     out = make_folder(args)
     if args.images:
         if processes.is_main():
@@ -75,10 +76,10 @@ def main():
     results = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)
     if not processes.is_main():
         return
-    print(f"{args.ckpt}: {model.config.kind}, {model.config.backbone} x{model.config.width:g}; {annotations.summary()}")
+    print(f"{args.ckpt}: {name}, {model.config.backbone} x{model.config.width:g}; {annotations.summary()}")
     found = {b: results[b][0] | {"cost": evaluation.measure_cost(model, dataset, b, autocast)} for b in branches}
     for branch, numbers in found.items():
-        print_numbers(model, branch, numbers, args.per_class)
+        print_numbers(name, branch, numbers, args.per_class)
     print(f"\nmeasured on {device}, {precision}, {torch.get_num_threads()} thread(s)")
     if args.json:
         write_json(args.json, found, indent=1)
@@ -105,6 +106,13 @@ def check(args):
         raise InputError("--teacher: is drawn beside the checkpoint; add --draw")
 
 
+def name_of(args, content):
+    """What the model is called: "student" if a teacher trained it, else its kind."""
+    with blamed(args.ckpt):
+        distilled = content["training"] is not None and "teacher" in content["training"]["settings"]
+    return "student" if distilled else content["config"].kind
+
+
 def choose_branches(args, model):
     """The branches that are read: of --images and --export one. Raises InputError where the model lacks it."""
     if args.res and args.res not in model.branches:
@@ -115,10 +123,10 @@ def choose_branches(args, model):
     return list(model.branches[:1]) if args.images or args.export else sorted(model.branches)
 
 
-def choose_columns(args, model, branches, device):
+def choose_columns(args, model, name, branches, device):
     """What is drawn, as from `pictures.readings`: the checkpoint's branches, after a teacher's if there is one."""
     if not args.teacher:
-        return pictures.readings(model.config.kind, model, branches)
+        return pictures.readings(name, model, branches)
     teacher = checkpoint.load(args.teacher, device, want="teacher")
     check_classes("the teacher", teacher.config.classes, "the checkpoint", model.config.classes)
     return pictures.beside(teacher, model, branches)
@@ -148,16 +156,16 @@ def data_of(args, content):
         return folder
 
 
-def print_numbers(model, branch, numbers, per_class):
+def print_numbers(name, branch, numbers, per_class):
     """What was measured of a branch: metrics, and "cost" as from measure_cost."""
-    print(f"\n{model.config.kind} @ {branch}")
+    print(f"\n{name} @ {branch}")
     print("  ".join(f"{name} {evaluation.percent(numbers[name])}" for name in evaluation.METRICS))
     print(f"{evaluation.cost_line(branch, numbers['cost'])}, the padded size most images have")
     milliseconds = numbers["cost"]["ms"]
     print("network {network:.1f} ms, post-processing {postprocessing:.1f} ms per single image".format(**milliseconds))
     if per_class:
-        for name, value in numbers["classes"].items():
-            print(f"  {name:20} {evaluation.percent(value):>6}")
+        for label, value in numbers["classes"].items():
+            print(f"  {label:20} {evaluation.percent(value):>6}")
 
 
 def draw(args, annotations, columns, out, autocast):

@@ -106,6 +106,7 @@ def test_evaluate_agrees_with_what_was_logged_and_printed(home, name):
         logged = next(e for e in read_log(home / name) if e.get("branch") == branch and e["done"] == 4)
         assert {k: found[branch][k] for k in evaluation.METRICS} == {k: logged[k] for k in evaluation.METRICS}
         row = line_of(home, name, f"{kind} @ {branch}")
+        assert f"\n{kind} @ {branch}\n" in printed
         assert row.split()[3:] == [evaluation.percent(found[branch][k]) for k in evaluation.METRICS[:6]]
         assert all(f"{k} {evaluation.percent(found[branch][k])}" in printed for k in evaluation.METRICS)
     assert list(found[branch]["classes"]) == list(COLORS) and all(color in printed for color in COLORS)
