@@ -109,7 +109,7 @@ def check(args):
 def name_of(args, content):
     """What the model is called: "student" if a teacher trained it, else its kind."""
     with blamed(args.ckpt):
-        distilled = content["training"] is not None and "teacher" in content["training"]["settings"]
+        distilled = "teacher" in (content["training"] or {}).get("settings", {})
     return "student" if distilled else content["config"].kind
 
 
