@@ -158,12 +158,17 @@ def test_forward_is_torchvisions_with_the_same_weights():
     torch.testing.assert_close(outputs["deltas"], expected["bbox_regression"])
 
 
-def test_a_new_head_is_small_and_gives_every_class_the_prior():
-    head = make_head(convs=4)
+@pytest.mark.parametrize("width, depth, tower", [(256, 4, 0.01), (64, 2, 0.01), (64, 4, math.sqrt(2 / (9 * 64)))])
+def test_a_new_head_is_small_and_gives_every_class_the_prior(width, depth, tower):
+    """Its towers start as the paper's, or where they are narrow and deep as He et al.'s."""
+    torch.manual_seed(0)
+    head = RetinaNetHead(width, CLASSES, width, depth)
     convs = [m for m in head.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert len(convs) == 2 * (4 + 1)
-    assert all(abs(conv.weight.std().item() - 0.01) < 0.001 for conv in convs)
-    assert all((conv.bias == 0).all() for conv in convs if conv is not head.cls_logits)
+    assert len(convs) == 2 * (depth + 1)
+    for conv in convs:
+        std = 0.01 if conv in (head.cls_logits, head.box_pred) else tower
+        assert conv.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert conv is head.cls_logits or not conv.bias.any()
     torch.testing.assert_close(head.cls_logits.bias.sigmoid(), torch.full((9 * CLASSES,), 0.01))
 
 
