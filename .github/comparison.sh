@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All runs of the README's comparison for one head and seed, one after another, into runs/HEAD-SEED/, or for a folder
-# of photos in COCO's layout into runs/PHOTOS-SEED/, with the small recipe. With START, what --weights takes, it is the
-# recipe for photos, into runs/PHOTOS-START-SEED/; FLAGS are then train.py's.
+# of photos in COCO's layout into runs/PHOTOS-HEAD-SEED/, with the small recipe. With START, what --weights takes, it is
+# the recipe for photos, into runs/PHOTOS-START-HEAD-SEED/; FLAGS are then train.py's.
 #     .github/comparison.sh fcos 0 [PHOTOS [START [FLAGS]]]
 # Stopped and started again, it goes on where it was. Teacher and student train equally long (ITERS iterations, a
 # variable of the environment, or those of the small recipe); whatever trains in one go trains as long as both together.
@@ -10,10 +10,10 @@ set -euo pipefail
 head=$1 seed=$2 name=$1 flags=()
 [ "$head" = retinanet ] && iters=${ITERS:-2000} || iters=${ITERS:-1200}
 if [ $# -ge 3 ]; then
-    name=$(basename "$3") flags=(--data "$3" --recipe small)
+    name=$(basename "$3")-$head flags=(--data "$3" --recipe small)
 fi
 if [ $# -ge 4 ]; then
-    name=$name-$(basename "$4" .pth) flags=(--data "$3" --recipe photos --weights "$4" "${@:5}")
+    name=$(basename "$3")-$(basename "$4" .pth)-$head flags=(--data "$3" --recipe photos --weights "$4" "${@:5}")
 fi
 runs=runs/$name-$seed
 mkdir -p "$runs"

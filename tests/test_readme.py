@@ -181,7 +181,8 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_pat
     python.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for _ in range(2):  # the second time everything is there already
-        for command, both in ((COMPARISON, ""), (PHOTOS, ""), (f"{STARTED} --width 0.5", "--batch 2 --lr 3e-4")):
+        started = (f"{STARTED} --width 0.5", "--batch 2 --lr 3e-4")
+        for command, both in ((COMPARISON, ""), (PHOTOS, ""), (PHOTOS.replace("fcos", "retinanet"), ""), started):
             script, *arguments = command.split()
             subprocess.run([ROOT / script, *arguments], cwd=tmp_path, env=environment | {"BOTH": both}, check=True)
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -189,10 +190,10 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_pat
     for flags in ("small", "photos --weights imagenet --width 0.5"):
         found = [call.split()[2] for call in calls if f"--data photos --recipe {flags}" in call]
         assert {Path(out).name for out in found} == {"teacher", "conventional", "low-alone"}
-        assert len(found) == 3 and len({Path(out).parent for out in found}) == 1
-    assert {call.split("/")[1] for call in calls if "--batch 2 --lr 3e-4" in call} == {"photos-imagenet-0"}
-    assert sum("/photos-imagenet-0/" in call for call in calls) == sum("--batch 2" in call for call in calls) == 6
+        assert len(found) == 3 * len({Path(out).parent for out in found}) == (6 if flags == "small" else 3)
+    assert {call.split("/")[1] for call in calls if "--batch 2 --lr 3e-4" in call} == {"photos-imagenet-fcos-0"}
+    assert sum("/photos-imagenet-fcos-0/" in call for call in calls) == sum("--batch 2" in call for call in calls) == 6
     for line in calls:
         script, (typed, resumed) = parse(line)
         settings.settle(typed, script.OWN)
-        assert resumed and typed["head"] == "fcos" and typed["seed"] == 0
+        assert resumed and typed["seed"] == 0 and Path(typed["out"]).parent.name.endswith(f"{typed['head']}-0")

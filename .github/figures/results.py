@@ -1,8 +1,8 @@
 """The comparison's tables and its picture: python .github/figures/results.py RUNS
 
-RUNS holds what .github/comparison.sh made, a folder HEAD-SEED each. Prints AP as mean ± standard deviation over the
-seeds, and the differences between rows of the same seed as mean ± standard error; writes cost.png, AP of FCOS against
-the whole cost of one image.
+RUNS holds what .github/comparison.sh made, a folder for each head and seed. Prints AP as mean ± standard deviation over
+the seeds, and the differences between rows of the same seed as mean ± standard error; writes cost.png, AP of FCOS on
+shapes, if it is there, against the whole cost of one image.
 """
 
 import json
@@ -158,7 +158,9 @@ def draw(found_points, path):
 def main():
     found = read(sys.argv[1])
     tables(found)
-    draw(points(sys.argv[1], found, "fcos"), ROOT / ".github" / "figures" / "cost.png")
+    fcos = points(sys.argv[1], found, "fcos")
+    if fcos:
+        draw(fcos, ROOT / ".github" / "figures" / "cost.png")
 
 
 if __name__ == "__main__":
