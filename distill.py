@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from msad import align, checkpoint, distillation, evaluation, models, pictures, processes
-from msad.annotations import check_classes
-from msad.data import CocoDataset, open_data, train_loader
-from msad.files import InputError, blamed
-from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, evaluate_all, find_checkpoint, open_folder
-from msad.run import print_header, set_learning_rate, start
-from msad.settings import inherit, model_config, parse_flags, resume_settings, settle
+from msad import align, distillation, models
+from msad.data.annotations import check_classes
+from msad.data.dataset import CocoDataset, open_data
+from msad.data.errors import InputError, checkpoint_errors
+from msad.engine import checkpoint, drawing, evaluation, processes
+from msad.engine.run import INTERRUPTED, Run, build_optimizer, check_finite, evaluate_all, find_checkpoint, open_folder
+from msad.engine.run import prepare, print_header, set_learning_rate, train_loader
+from msad.engine.settings import inherit, model_config, parse_flags, resume_settings, settle
 
 OWN = {  # settings of this script alone: their values, and a line of help
     "teacher": ("", "the teacher's checkpoint (needed)"),
@@ -47,11 +48,12 @@ def main():
     teacher = checkpoint.restore(stored, settings.teacher)
     checksum = distillation.checksum(teacher)
     check_teacher(settings, out, teacher, checksum, saved)
-    device = start(settings)
+    device = prepare(settings)
     autocast = processes.autocast(device, settings.precision)
 
     # Data: in training what the teacher sees; in evaluation the student reads images straight at low resolution.
-    train, val = open_data(settings.data)
+    with processes.main_first():
+        train, val = open_data(settings.data)
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
     high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
     low_set = CocoDataset(val, (settings.test_side,), settings.long_side, settings.downsample)
@@ -68,28 +70,29 @@ def main():
     print_header(settings, student, train, val, device, out)
     results = saved["training"]["teacher"] if saved else evaluate_all(teacher, high_set, settings, autocast)
     rows = {f"teacher @ {branch}": metrics for branch, metrics in results.items()}
-    processes.say(evaluation.table(rows))
+    processes.print_once(evaluation.table(rows))
     kept = {"teacher": results, "teacher_checksum": checksum}
     run = Run("distill.py", out, log, settings, student, optimizer, low_set, autocast, saved, **kept)
     # Padded as H, of which L is made here.
-    batches = run.timed(train_loader(training_set, settings.pad, settings, run.start, device))
+    batches = run.timed(train_loader(training_set, settings.pad, settings, run.first, device))
     processes.set_training(student, settings.norm)
 
     with run:
-        for iteration in range(run.start, settings.iters):
+        for iteration in range(run.first, settings.iters):
             optimizer.zero_grad()
             chunks = next(batches).to(device).chunk(settings.accumulate)
             for batch in chunks:
                 network.require_backward_grad_sync = batch is chunks[-1]  # several processes average gradients once
                 high = student.normalize(batch.images, batch.sizes)
-                with autocast:
-                    pyramids, outputs = network(align.downsample(high, settings.downsample))
-                losses = student.losses(outputs, batch.boxes, batch.labels)
-                loss = sum(losses["low"].values())
-                distances = {}
                 if settings.kd:
                     with torch.no_grad(), autocast:
                         fused = teacher.pyramids(high, ["fused"])["fused"]
+                with autocast:
+                    pyramids, outputs = network(align.downsample(high, settings.downsample))
+                losses = student.losses(pyramids, outputs, batch.boxes, batch.labels, processes.mean_over_processes)
+                loss = sum(losses["low"].values())
+                distances = {}
+                if settings.kd:
                     distance = distillation.DISTANCES[settings.kd_loss](pyramids["low"], fused)
                     distances["kd"] = settings.kd * distillation.ramp(iteration, settings.kd_ramp) * distance
                     loss = loss + distances["kd"]
@@ -107,7 +110,7 @@ def main():
 
     results = run.evaluate(settings.iters)
     rows["student @ low"] = results["low"]
-    run.report(rows, pictures.beside(teacher, student, ["low"]), ["evaluate.py", "--ckpt"])
+    run.report(rows, drawing.compare_columns(teacher, student, ["low"]), ["evaluate.py", "--ckpt"])
 
 
 def check_teacher(settings, out, teacher, checksum, saved):
@@ -119,7 +122,7 @@ def check_teacher(settings, out, teacher, checksum, saved):
     if Path(settings.teacher).resolve() == (out / "last.pt").resolve():
         raise InputError(f"--out {out}: the teacher is in there as last.pt; choose another folder for the student")
     if saved:
-        with blamed(out / "last.pt"):
+        with checkpoint_errors(out / "last.pt"):
             evaluation.table(saved["training"]["teacher"])  # its numbers are shown again
             if saved["training"]["teacher_checksum"] != checksum:
                 mend = "put that one back (a later train.py renamed it to last.1.pt), or start a new --out"
@@ -135,7 +138,7 @@ def new_student(settings, teacher):
     if settings.weights not in ("teacher", "none"):
         checkpoint.load_weights(student, settings.weights)
         line += f"; then from --weights {settings.weights}"
-    processes.say(f"student   {line}")
+    processes.print_once(f"student   {line}")
     return student
 
 

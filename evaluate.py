@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from msad import checkpoint, evaluation, export, pictures, processes
-from msad.annotations import check_classes
-from msad.data import CocoDataset, open_data
-from msad.files import InputError, blamed, writing
+from msad.data.annotations import check_classes
+from msad.data.dataset import CocoDataset, open_data
+from msad.data.errors import InputError, checkpoint_errors, write_errors
+from msad.engine import checkpoint, drawing, evaluation, export, processes
 
 
 def parse():
@@ -37,7 +37,7 @@ def parse():
     add("--export", metavar="FILE", help="write the network to a .pt2 or .onnx file, and evaluate nothing")
     add("--draw", nargs="?", type=int, const=8, default=0, metavar="N", help="draw N pictures (8), or all of --images")
     add("--teacher", metavar="FILE", help="with --draw: a teacher's checkpoint, to be drawn beside --ckpt")
-    add("--threshold", type=float, default=pictures.THRESHOLD, metavar="X", help="lowest score drawn [0.4]")
+    add("--threshold", type=float, default=drawing.THRESHOLD, metavar="X", help="lowest score drawn [0.4]")
     add("--out", metavar="DIR", help="folder for what is drawn and found [pictures, beside --ckpt]")
     add = parser.add_argument_group("the run").add_argument
     add("--batch", type=int, default=8, metavar="N", help="images at a time [8]")
@@ -50,7 +50,7 @@ def parse():
 def main():
     args = parse()
     check(args)
-    device = processes.start(args.device)
+    device = processes.init_device(args.device)
     precision = args.precision or processes.native_precision(device)
     autocast = processes.autocast(device, precision)
 
@@ -70,9 +70,10 @@ def main():
             look_at_images(args, model, columns, out, autocast)
         return
 
-    (annotations,) = open_data(data_of(args, content), ["val"])
+    with processes.main_first():
+        (annotations,) = open_data(data_of(args, content), ["val"])
     check_classes("the data", annotations.classes, "the checkpoint", model.config.classes)
-    dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.low_input)
+    dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.downsample)
     results = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)
     if not processes.is_main():
         return
@@ -108,7 +109,7 @@ def check(args):
 
 def name_of(args, content):
     """What the model is called: "student" if a teacher trained it, else its kind."""
-    with blamed(args.ckpt):
+    with checkpoint_errors(args.ckpt):
         distilled = "teacher" in (content["training"] or {}).get("settings", {})
     return "student" if distilled else content["config"].kind
 
@@ -124,12 +125,12 @@ def choose_branches(args, model):
 
 
 def choose_columns(args, model, name, branches, device):
-    """What is drawn, as from `pictures.readings`: the checkpoint's branches, after a teacher's if there is one."""
+    """What is drawn, as from `drawing.columns_of`: the checkpoint's branches, after a teacher's if there is one."""
     if not args.teacher:
-        return pictures.readings(name, model, branches)
+        return drawing.columns_of(name, model, branches)
     teacher = checkpoint.load(args.teacher, device, want="teacher")
     check_classes("the teacher", teacher.config.classes, "the checkpoint", model.config.classes)
-    return pictures.beside(teacher, model, branches)
+    return drawing.compare_columns(teacher, model, branches)
 
 
 def make_folder(args):
@@ -138,7 +139,7 @@ def make_folder(args):
     if args.images and out.resolve() == Path(args.images).resolve():
         raise InputError(f"--out {out}: the pictures to look at are in there; choose another folder")
     if args.images or args.draw:
-        with writing(out, "choose another --out"):
+        with write_errors(out, "choose another --out"):
             out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -149,7 +150,7 @@ def data_of(args, content):
         return args.data
     if content["training"] is None:
         raise InputError(f"{args.ckpt}: does not say what it was trained on; give --data DIR")
-    with blamed(args.ckpt):
+    with checkpoint_errors(args.ckpt):
         folder = content["training"]["settings"]["data"]
         if folder and not Path(folder).is_dir():
             raise InputError(f"{folder}: no such folder; {args.ckpt} was trained on it: --data says where it is now")
@@ -170,15 +171,15 @@ def print_numbers(name, branch, numbers, per_class):
 
 def draw(args, annotations, columns, out, autocast):
     """Draw --draw annotated pictures, evenly spread over the split."""
-    indices = pictures.spread(annotations, args.draw)
+    indices = drawing.spread_indices(annotations, args.draw)
     for index in indices:
-        strip = pictures.compare(annotations, index, columns, autocast, threshold=args.threshold)
-        pictures.save(strip, out, index + 1, annotations.path(index))
+        strip = drawing.compare(annotations, index, columns, autocast, threshold=args.threshold)
+        drawing.save(strip, out, index + 1, annotations.path(index))
     print(f"drawn: {len(indices)} pictures, scores from {args.threshold:g}, in {out}")
 
 
 def write_json(path, content, indent=None):
-    with writing(path):
+    with write_errors(path):
         Path(path).write_text(json.dumps(content, indent=indent))
     print(f"written to {path}")
 
@@ -188,13 +189,13 @@ def look_at_images(args, model, columns, out, autocast):
     found, names, failed = [], [], []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends like Ctrl-C
     try:
-        for number, path, image in pictures.read_all(args.images):
-            seen = pictures.look(image, columns, autocast)
+        for number, path, image in drawing.read_all(args.images):
+            seen = drawing.detect_all(image, columns, autocast)
             found.append((len(names), list(seen.values())[-1]))
             names.append(path.name)
             if args.draw:
                 try:
-                    pictures.save(pictures.strip(image, seen, model.config.classes, args.threshold), out, number, path)
+                    drawing.save(drawing.strip(image, seen, model.config.classes, args.threshold), out, number, path)
                 except Exception as error:  # whatever it is, the next is drawn
                     failed.append(str(error))
     finally:  # whatever ends it, Ctrl-C too, what was found must not be lost for it

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from torch.nn.utils import clip_grad_norm_
 
-from msad import checkpoint, models, pictures, processes
-from msad.annotations import check_classes
-from msad.data import CocoDataset, open_data, train_loader
-from msad.files import InputError
+from msad import models
+from msad.data.annotations import check_classes
+from msad.data.dataset import CocoDataset, open_data
+from msad.data.errors import InputError
+from msad.engine import checkpoint, drawing, processes
+from msad.engine.run import INTERRUPTED, Run, build_optimizer, check_finite, find_checkpoint, open_folder, prepare
+from msad.engine.run import print_header, set_learning_rate, train_loader
+from msad.engine.settings import model_config, parse_flags, resume_settings, settle
 from msad.fusion import LOSS_WEIGHTS
-from msad.run import INTERRUPTED, Run, build_optimizer, check_finite, find_checkpoint, open_folder, print_header
-from msad.run import set_learning_rate, start
-from msad.settings import model_config, parse_flags, resume_settings, settle
 
 OWN = {  # settings of this script alone: their values, and a line of help
     "res": ("multi", "resolutions to train on"),
@@ -41,11 +42,12 @@ def main():
     saved = find_checkpoint(out, resume)
     settings = resume_settings(typed, OWN, saved, out / "last.pt") if saved else settle(typed, OWN)
     kind = kind_of(**vars(settings))
-    device = start(settings)
+    device = prepare(settings)
     autocast = processes.autocast(device, settings.precision)
 
     # Model and optimizer.
-    train, val = open_data(settings.data)
+    with processes.main_first():
+        train, val = open_data(settings.data)
     if saved:
         model = checkpoint.restore(saved, out / "last.pt")
         check_classes("the data", train.classes, "the checkpoint", model.config.classes)
@@ -58,24 +60,24 @@ def main():
     optimizer = build_optimizer(model, settings)
 
     # Data: a low-resolution model reads its images at low resolution.
-    training_set = CocoDataset(train, settings.short_sides, settings.long_side, model.low_input, flip=True)
-    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, model.low_input)
+    training_set = CocoDataset(train, settings.short_sides, settings.long_side, model.downsample, flip=True)
+    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, model.downsample)
 
     log = open_folder(out, resume)
     print_header(settings, model, train, val, device, out)
     run = Run("train.py", out, log, settings, model, optimizer, validation_set, autocast, saved)
-    batches = run.timed(train_loader(training_set, model.multiple, settings, run.start, device))
+    batches = run.timed(train_loader(training_set, model.multiple, settings, run.first, device))
     processes.set_training(model, settings.norm)
 
     with run:
-        for iteration in range(run.start, settings.iters):
+        for iteration in range(run.first, settings.iters):
             optimizer.zero_grad()
             chunks = next(batches).to(device).chunk(settings.accumulate)
             for batch in chunks:
                 network.require_backward_grad_sync = batch is chunks[-1]  # several processes average gradients once
                 with autocast:
-                    _, outputs = network(model.normalize(batch.images, batch.sizes))
-                losses = model.losses(outputs, batch.boxes, batch.labels)
+                    pyramids, outputs = network(model.normalize(batch.images, batch.sizes))
+                losses = model.losses(pyramids, outputs, batch.boxes, batch.labels, processes.mean_over_processes)
                 loss = sum(LOSS_WEIGHTS[branch] * value for branch, terms in losses.items() for value in terms.values())
                 (loss / len(chunks)).backward()
                 run.note(loss, losses)
@@ -91,7 +93,7 @@ def main():
 
     results = run.evaluate(settings.iters)
     rows = {f"{kind} @ {branch}": metrics for branch, metrics in results.items()}
-    columns = pictures.readings(kind, model, model.branches)
+    columns = drawing.columns_of(kind, model, model.branches)
     run.report(rows, columns, ["distill.py", "--teacher"] if kind == "teacher" else ["evaluate.py", "--ckpt"])
 
 

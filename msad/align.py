@@ -42,6 +42,11 @@ def check_pyramids(one, other):
         raise ValueError(f"the pyramids do not align: {shapes[0]} and {shapes[1]}")
 
 
+def map_sizes(pyramid):
+    """Five maps (N,C,h,w) -> [(h,w)]."""
+    return [tuple(level.shape[-2:]) for level in pyramid]
+
+
 def cells(sizes, device=None):
     """The cells of aligned levels of `sizes` [(h,w)], row by row, all levels in one list.
 

@@ -3,7 +3,7 @@
 forward   five maps -> logits, distances, centerness, levels concatenated here and nowhere else
 assign    boxes -> one target per location, once per batch, whichever branch is trained
 losses    outputs and targets -> named scalars
-decode    outputs at some of the locations -> boxes and scores in H's pixels
+decode    outputs at some of the locations -> boxes and scores
 
 Constants are those of the authors' code (AdelaiDet's FCOS with centre sampling, GIoU and centerness on the box tower).
 Shapes: N images, R locations over all levels, K classes, M boxes, C channels.
@@ -17,7 +17,6 @@ from torch import nn
 from torchvision.ops import box_area
 
 from . import align, heads
-from .processes import mean_over_processes
 
 RANGES = (-1, 64, 128, 256, 512, math.inf)  # level i learns boxes whose farthest side is RANGES[i] to [i + 1] away
 CENTER_RADIUS = 1.5  # strides around a box's centre in which locations are trained to find it
@@ -53,8 +52,8 @@ class FCOSHead(nn.Module):
         super()._load_from_state_dict(state, prefix, *details)
 
     def forward(self, pyramid):
-        """Five maps (N,C,h,w) -> a dict: `logits` (N,R,K), `distances` (N,R,4) from the location to the sides of its
-        box, in strides, `centerness` (N,R) as logits, `sizes` [(h,w)]."""
+        """Five maps (N,C,h,w) -> {"logits": (N,R,K), "distances": (N,R,4) from the location to the left, upper, right
+        and lower side of its box, in strides, "centerness": (N,R) as logits}."""
         logits, distances, centerness = [], [], []
         for level, x in enumerate(pyramid):
             cls, box = self.cls_tower(x), self.box_tower(x)
@@ -65,25 +64,27 @@ class FCOSHead(nn.Module):
             "logits": torch.cat(logits, 1).float(),
             "distances": torch.cat(distances, 1),
             "centerness": torch.cat(centerness, 1).float().squeeze(-1),
-            "sizes": [tuple(x.shape[-2:]) for x in pyramid],
         }
 
     @torch.no_grad()
     def assign(self, sizes, boxes, labels):
-        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> targets, a dict as from `complete`."""
+        """The maps' sizes [(h,w)], boxes [(M,4)] in H's pixels and labels [(M,)] of N images -> targets:
+
+        "labels" (N,R): the class that a location learns, K for background
+        "distances" (N,R,4): to the sides of its box, in strides; 1 at background, so that losses are finite there until
+            they are masked
+        "objects" (N,R): 1 where there is an object, else 0
+        "centerness" (N,R): from 0 to 1, 0 at background
+        "totals" (2,): the sums of the last two, by which losses are divided
+        """
         points, strides = self.locations(sizes, boxes[0].device)
         pairs = [self.assign_image(points, strides, b, l) for b, l in zip(boxes, labels)]
-        return self.complete(*(torch.stack(column) for column in zip(*pairs)))
-
-    def complete(self, labels, distances):
-        """Targets from `labels` (N,R), K for background, and `distances` (N,R,4) in strides, 1 at background so that
-        losses are finite there until they are masked. Adds `objects` and `centerness` (N,R), both 0 at background, and
-        `count` and `total`, their sums as means over processes, by which losses are divided."""
+        labels, distances = (torch.stack(column) for column in zip(*pairs))
         objects = heads.find_objects(labels, self.classes)
         centerness = centerness_target(distances) * objects
-        count, total = mean_over_processes(torch.stack([objects.sum(), centerness.sum()]))
+        totals = torch.stack([objects.sum(), centerness.sum()])
         targets = {"labels": labels, "distances": distances, "objects": objects, "centerness": centerness}
-        return targets | {"count": count.clamp(min=1), "total": total.clamp(min=1e-6)}
+        return targets | {"totals": totals}
 
     def assign_image(self, points, strides, boxes, labels):
         """One image's labels (R,) and distances (R,4)."""
@@ -116,21 +117,23 @@ class FCOSHead(nn.Module):
         return torch.where(candidate, box_area(boxes), math.inf)
 
     def losses(self, outputs, targets):
-        """-> {"cls", "box", "centerness"}: scalars."""
+        """Outputs as from `forward` and targets as from `assign` -> {"cls", "box", "centerness"}: scalars."""
+        count, total = targets["totals"]
+        count, total = count.clamp(min=1), total.clamp(min=1e-6)
         # The box loss counts a location by how central it is in its box.
         centerness = targets["centerness"]
         box = heads.giou_loss(outputs["distances"], targets["distances"]) * centerness
         center = F.binary_cross_entropy_with_logits(outputs["centerness"], centerness, reduction="none")
         return {
-            "cls": heads.focal_loss(outputs["logits"], targets["labels"]) / targets["count"],
-            "box": box.sum() / targets["total"],
-            "centerness": (center * targets["objects"]).sum() / targets["count"],
+            "cls": heads.focal_loss(outputs["logits"], targets["labels"]) / count,
+            "box": box.sum() / total,
+            "centerness": (center * targets["objects"]).sum() / count,
         }
 
-    def decode(self, outputs, where):
-        """Outputs (...,S,*) at the S locations of indices `where` (S,) -> boxes (...,S,4) in H's pixels and scores
-        (...,S,K), zero where the class is below the threshold."""
-        points, strides = (x[where] for x in self.locations(outputs["sizes"], outputs["distances"].device))
+    def decode(self, outputs, sizes, where):
+        """Outputs (...,S,*) at the S locations of indices `where` (S,), for maps of `sizes` [(h,w)] -> boxes (...,S,4)
+        in H's pixels and scores (...,S,K), zero where the class is below the threshold."""
+        points, strides = (x[where] for x in self.locations(sizes, outputs["distances"].device))
         boxes = heads.distances_to_boxes(points, outputs["distances"] * strides[:, None])
         probability = outputs["logits"].sigmoid()
         scores = (probability * outputs["centerness"].sigmoid()[..., None]).sqrt()

@@ -4,38 +4,33 @@
     Teacher        both, aligned, and the fused pyramid
     Conventional   both, without the shift and without fusion: what the paper compares with
 
-`branches` are the pyramids that a model can predict from: "high", "low" or "fused". A batch passes `normalize` (pixels
--> network input), `pyramids` (-> five maps a branch), `predict` (the head -> outputs a branch) and `losses` (outputs and
-targets -> scalars). A user calls `detect`.
+`branches` are the pyramids that a model can predict from: "high", "low" or "fused". In training a batch passes
+`normalize` (pixels -> network input), `forward` (-> five maps and the head's outputs, for each branch) and `losses`
+(-> scalars). A user calls `detect`.
 """
 
 import copy
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import nn
-from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from . import align
 from .backbone import FPN, ResNet, fold_batchnorm
-from .data import fitted_size, list_pictures, pad_to_multiple, picture_to_tensor, resize
 from .fcos import FCOSHead
-from .files import InputError
 from .fusion import CrossingFusion
-from .heads import SCORE_THRESHOLD
+from .images import fitted_size, list_pictures, pad_to_multiple, picture_to_tensor, resize
+from .postprocess import DETECTIONS_PER_IMAGE, postprocess
 from .retinanet import RetinaNetHead
 
 HEADS = {"fcos": FCOSHead, "retinanet": RetinaNetHead}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB from 0 to 1
-SMALLEST = 32 * 32  # with no more pixels than this in a batch, C5 is one cell, which BatchNorm cannot train on
-CANDIDATES_PER_LEVEL = 1000
-DETECTIONS_PER_IMAGE = 100
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that is needed to rebuild a model; a checkpoint carries it. Sides are in pixels of H, whatever is read."""
+    """All that is needed to rebuild a model; a checkpoint carries it. Sides are in pixels of H, also for a model that
+    reads L."""
 
     kind: str  # "teacher", "high", "low" or "conventional"
     classes: tuple  # of {"id": the data set's category id, "name"}; a label is an index into it
@@ -62,9 +57,9 @@ class Detector(nn.Module):
         self.branches = branches or (config.kind,)
         self.is_folded = False
         self.scale = 2 if config.kind == "low" else 1  # H's pixels per pixel of this model's input
-        self.multiple = config.pad // self.scale  # to which the sides of this model's input are padded
-        self.low_input = config.downsample if self.scale == 2 else ""  # how its images are made small, if they are
-        self.frame_scales = dict.fromkeys(self.branches, self.scale)  # of the frame that a branch's boxes are in
+        self.multiple = config.pad // self.scale  # of which the sides of this model's input are multiples
+        self.downsample = config.downsample if self.scale == 2 else None  # how its input is made of H, unless it is H
+        self.box_scales = dict.fromkeys(self.branches, self.scale)  # pixels of a branch's boxes per pixel of its input
         self.backbone = ResNet(config.backbone, config.width)
         self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels or align.LEVELS[config.kind])
         self.head = HEADS[config.head](
@@ -99,24 +94,22 @@ class Detector(nn.Module):
 
     def pyramid(self, images, levels):
         """Normalised images (N,3,h,w) -> the maps of five levels."""
-        if self.backbone.bn1.training and images[:, 0].numel() <= SMALLEST:
-            size = "x".join(map(str, images.shape[2:]))
-            raise InputError(f"one image of {size} is too little for BatchNorm; raise --batch or --short-sides")
         return self.fpn(self.backbone(images), levels)
 
     def predict(self, pyramids):
         """{branch: five maps} -> {branch: outputs}, by one head call over all branches joined along the batch."""
         joined = self.head([torch.cat(maps) for maps in zip(*pyramids.values())])
-        parts = {k: v.chunk(len(pyramids)) if torch.is_tensor(v) else [v] * len(pyramids) for k, v in joined.items()}
-        return {branch: {k: v[i] for k, v in parts.items()} for i, branch in enumerate(pyramids)}
+        parts = {name: value.chunk(len(pyramids)) for name, value in joined.items()}
+        return {branch: {name: part[i] for name, part in parts.items()} for i, branch in enumerate(pyramids)}
 
-    def losses(self, outputs, boxes, labels):
-        """{branch: outputs}, boxes [(M,4)] in H's pixels, labels [(M,)] -> {branch: {part: scalar}}.
+    def losses(self, pyramids, outputs, boxes, labels, average=lambda totals: totals):
+        """What `forward` returned, boxes [(M,4)] in H's pixels, labels [(M,)] -> {branch: {part: scalar}}.
 
-        Aligned branches share their targets, so these are made once.
+        Aligned branches share their targets, so these are made once. Losses are divided by the batch's number of
+        objects; with several processes `average` gives the mean of such totals over all of them.
         """
-        sizes = next(iter(outputs.values()))["sizes"]
-        targets = self.head.assign(sizes, boxes, labels)
+        targets = self.head.assign(align.map_sizes(next(iter(pyramids.values()))), boxes, labels)
+        targets["totals"] = average(targets["totals"])
         return {branch: self.head.losses(output, targets) for branch, output in outputs.items()}
 
     def detect(self, pictures, branch=None, resize=True, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
@@ -134,10 +127,9 @@ class Detector(nn.Module):
             raise ValueError(f"a model of kind {self.config.kind} has no branch {branch!r}, only {self.branches}")
         images = [picture_to_tensor(picture) for picture in list_pictures(pictures)]
         inputs = [self.resized(image) if resize else image for image in images]
-        inputs = [image / 255 if image.dtype == torch.uint8 else image for image in inputs]
         groups = {}
         for index, image in enumerate(inputs):
-            groups.setdefault(self.padded_size(image.shape[-2:]), []).append(index)
+            groups.setdefault((image.dtype, self.padded_size(image.shape[-2:])), []).append(index)
         limits = {"threshold": threshold, "max_detections": max_detections}
         results = {}
         for members in groups.values():
@@ -157,42 +149,14 @@ class Detector(nn.Module):
         """
         if self.training:
             raise RuntimeError("detect needs the model in eval mode: call model.eval() first")
-        outputs = self.predict(self.pyramids(self.normalize(images, sizes), branches))
-        return {branch: self.postprocess(outputs[branch], branch, sizes, originals, **limits) for branch in branches}
+        pyramids = self.pyramids(self.normalize(images, sizes), branches)
+        outputs = self.predict(pyramids)
+        return {b: self.postprocess(pyramids[b], outputs[b], b, sizes, originals, **limits) for b in branches}
 
-    def postprocess(self, outputs, branch, sizes, originals, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
-        """One branch's outputs -> one dict of detections per image, as in `detect_batch`."""
-        tensors = {name: value for name, value in outputs.items() if torch.is_tensor(value)}
-        locations_per_level = [height * width * self.head.anchors for height, width in outputs["sizes"]]
-        results = []
-        for number, (size, original) in enumerate(zip(sizes, originals)):
-            # Most locations have nothing: on a CPU only those whose best class is above the threshold are decoded. To
-            # choose them a GPU would have to be waited for.
-            likely = tensors["logits"][number].amax(-1).sigmoid() > SCORE_THRESHOLD
-            likely = torch.arange(len(likely), device=likely.device) if likely.is_cuda else likely.nonzero()[:, 0]
-            own = outputs | {name: value[number, likely] for name, value in tensors.items()}
-            boxes, scores = self.head.decode(own, likely)
-            # Candidates are pairs of a location and a class whose box has an area within the image.
-            height, width = (side * self.frame_scales[branch] for side in size)
-            inside = clip_boxes_to_image(boxes, (height, width))
-            wanted = (inside[:, 2:] > inside[:, :2]).all(1, keepdim=True) & (scores >= threshold)
-            location, labels = (scores * wanted).nonzero(as_tuple=True)
-            scores = scores[location, labels]
-            # Of each level the best are kept.
-            if len(scores) > CANDIDATES_PER_LEVEL:
-                best = best_of_levels(scores, likely[location], locations_per_level)
-                location, labels, scores = location[best], labels[best], scores[best]
-            # Non-maximum suppression within each class. batched_nms moves the classes apart by offsets, which works
-            # only where no coordinate is negative.
-            boxes = boxes[location]
-            lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
-            keep = batched_nms(boxes - lowest, scores, labels, self.head.nms_threshold)[:max_detections]
-            # From the branch's frame to the original image's.
-            boxes = inside[location[keep]]
-            boxes[:, 0::2] *= original[1] / width
-            boxes[:, 1::2] *= original[0] / height
-            results.append({"boxes": boxes, "scores": scores[keep], "labels": labels[keep]})
-        return results
+    def postprocess(self, pyramid, outputs, branch, sizes, originals, **limits):
+        """One branch's maps and outputs -> one dict of detections per image, as in `detect_batch`."""
+        frames = [tuple(side * self.box_scales[branch] for side in size) for size in sizes]
+        return postprocess(self.head, outputs, align.map_sizes(pyramid), frames, originals, **limits)
 
     def folded(self):
         """A copy for inference, in eval mode, with BatchNorm folded into the convolutions: equal numbers, less work."""
@@ -207,7 +171,7 @@ class Detector(nn.Module):
     def resized(self, image):
         """An image (3,h,w) at the size this model tests at."""
         size = fitted_size(*image.shape[-2:], self.config.short_side, self.config.long_side)
-        return resize(image, size, self.low_input)
+        return resize(image, size, self.downsample)
 
 
 class Teacher(Detector):
@@ -236,7 +200,7 @@ class Conventional(Detector):
 
     def __init__(self, config):
         super().__init__(config, branches=("high", "low"), levels=align.LEVELS["high"])
-        self.frame_scales["low"] = 0.5  # L's boxes are in L's pixels, of which the input, H, has two
+        self.box_scales["low"] = 0.5  # L's boxes are in L's pixels, and the model's input is H
 
     def pyramids(self, images, branches=("high", "low")):
         """As a Teacher's, but L is not shifted."""
@@ -249,10 +213,12 @@ class Conventional(Detector):
         """The maps differ in size, so the head is called for each branch."""
         return {branch: self.head(maps) for branch, maps in pyramids.items()}
 
-    def losses(self, outputs, boxes, labels):
+    def losses(self, pyramids, outputs, boxes, labels, average=lambda totals: totals):
         """As in Detector, but each branch has targets of its own: the low one's are in L's pixels."""
-        high = super().losses({"high": outputs["high"]}, boxes, labels)
-        return high | super().losses({"low": outputs["low"]}, [b / 2 for b in boxes], labels)
+        losses = {}
+        for branch, own in {"high": boxes, "low": [b / 2 for b in boxes]}.items():
+            losses |= super().losses({branch: pyramids[branch]}, {branch: outputs[branch]}, own, labels, average)
+        return losses
 
 
 KINDS = {"teacher": Teacher, "conventional": Conventional, "high": Detector, "low": Detector}
@@ -262,15 +228,3 @@ def build(config):
     """A new model of a ModelConfig's kind, in channels_last layout."""
     return KINDS[config.kind](config).to(memory_format=torch.channels_last)
 
-
-def best_of_levels(scores, location, locations_per_level):
-    """Scores (S,) of candidates at locations (S,), in ascending order over all levels -> the indices of each level's
-    best candidates. It waits for the device once, for how many there are on each level."""
-    ends = torch.stack([(location < end).sum() for end in accumulate(locations_per_level)]).tolist()
-    best = []
-    for first, end in zip([0, *ends], ends):
-        own = torch.arange(first, end, device=scores.device)
-        if len(own) > CANDIDATES_PER_LEVEL:
-            own = own[scores[own].topk(CANDIDATES_PER_LEVEL).indices]
-        best.append(own)
-    return torch.cat(best)

@@ -3,21 +3,19 @@
 forward   five maps -> logits, deltas, levels concatenated here and nowhere else
 assign    boxes -> one target per anchor, once per batch, whichever branch is trained
 losses    outputs and targets -> named scalars
-decode    outputs at some of the anchors -> boxes and scores in H's pixels
+decode    outputs at some of the anchors -> boxes and scores
 
 Constants are the field's usual ones. The layout of anchors and channels is torchvision's, but its anchors are rounded
 to whole pixels, and these are not.
 Shapes: N images, R anchors over all levels (9 side by side per cell), K classes, M boxes, C channels.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_iou
 
 from . import align, heads
-from .processes import mean_over_processes
 
 SIZES = tuple(4 * 2 ** (third / 3) for third in range(3))  # sides of a square anchor in strides: 32 pixels at stride 8
 RATIOS = (0.5, 1.0, 2.0)  # height / width, at the same area
@@ -43,32 +41,28 @@ class RetinaNetHead(nn.Module):
         heads.initialize_outputs(self.cls_logits, self.box_pred)
         sides = [(size / ratio**0.5, size * ratio**0.5) for ratio in RATIOS for size in SIZES]
         # Width and height of a cell's anchors in strides. Plain numbers, which no device and no precision changes.
-        self.sides = (np.float32(object_scale) * np.array(sides, np.float32)).tolist()
+        self.sides = (object_scale * torch.tensor(sides, device="cpu")).tolist()
 
     def forward(self, pyramid):
-        """Five maps (N,C,h,w) -> a dict: `logits` (N,R,K), `deltas` (N,R,4) from the anchors, `sizes` [(h,w)]."""
+        """Five maps (N,C,h,w) -> {"logits": (N,R,K), "deltas": (N,R,4) from the anchors, see heads.boxes_to_deltas}."""
         logits = [heads.flatten_cells(self.cls_logits(self.cls_tower(x)), self.classes) for x in pyramid]
         deltas = [heads.flatten_cells(self.box_pred(self.box_tower(x)), 4) for x in pyramid]
-        return {
-            "logits": torch.cat(logits, 1).float(),
-            "deltas": torch.cat(deltas, 1).float(),
-            "sizes": [tuple(x.shape[-2:]) for x in pyramid],
-        }
+        return {"logits": torch.cat(logits, 1).float(), "deltas": torch.cat(deltas, 1).float()}
 
     @torch.no_grad()
     def assign(self, sizes, boxes, labels):
-        """Boxes [(M,4)] in H's pixels and labels [(M,)] -> targets, a dict as from `complete`."""
+        """The maps' sizes [(h,w)], boxes [(M,4)] in H's pixels and labels [(M,)] of N images -> targets:
+
+        "labels" (N,R): the class that an anchor learns, K for background, -1 for ignored
+        "deltas" (N,R,4): from the anchor to its box, 0 where there is no object so that losses are finite there
+        "objects" (N,R): 1 where there is an object, else 0
+        "totals" (1,): their sum, by which losses are divided
+        """
         anchors = self.anchor_boxes(sizes, boxes[0].device)
         pairs = [self.assign_image(anchors, b, l) for b, l in zip(boxes, labels)]
-        return self.complete(*(torch.stack(column) for column in zip(*pairs)))
-
-    def complete(self, labels, deltas):
-        """Targets from `labels` (N,R), K for background and -1 for ignored, and `deltas` (N,R,4) from the anchors, 0
-        where there is no object so that losses are finite there. Adds `objects` (N,R), 1 where there is one, and
-        `count`, their number as a mean over processes, by which losses are divided."""
+        labels, deltas = (torch.stack(column) for column in zip(*pairs))
         objects = heads.find_objects(labels, self.classes)
-        count = mean_over_processes(objects.sum()).clamp(min=1)
-        return {"labels": labels, "deltas": deltas, "objects": objects, "count": count}
+        return {"labels": labels, "deltas": deltas, "objects": objects, "totals": objects.sum()[None]}
 
     def assign_image(self, anchors, boxes, labels):
         """One image's labels (R,) and deltas (R,4)."""
@@ -83,17 +77,18 @@ class RetinaNetHead(nn.Module):
         return torch.where(positive, labels[index], other), heads.boxes_to_deltas(anchors, chosen)
 
     def losses(self, outputs, targets):
-        """-> {"cls", "box"}: scalars."""
+        """Outputs as from `forward` and targets as from `assign` -> {"cls", "box"}: scalars."""
+        count = targets["totals"][0].clamp(min=1)
         box = F.smooth_l1_loss(outputs["deltas"], targets["deltas"], beta=BETA, reduction="none").sum(-1)
         return {
-            "cls": heads.focal_loss(outputs["logits"], targets["labels"]) / targets["count"],
-            "box": (box * targets["objects"]).sum() / targets["count"],
+            "cls": heads.focal_loss(outputs["logits"], targets["labels"]) / count,
+            "box": (box * targets["objects"]).sum() / count,
         }
 
-    def decode(self, outputs, where):
-        """Outputs (...,S,*) at the S anchors of indices `where` (S,) -> boxes (...,S,4) in H's pixels and scores
-        (...,S,K), zero where the class is below the threshold."""
-        anchors = self.anchor_boxes(outputs["sizes"], outputs["deltas"].device)[where]
+    def decode(self, outputs, sizes, where):
+        """Outputs (...,S,*) at the S anchors of indices `where` (S,), for maps of `sizes` [(h,w)] -> boxes (...,S,4) in
+        H's pixels and scores (...,S,K), zero where the class is below the threshold."""
+        anchors = self.anchor_boxes(sizes, outputs["deltas"].device)[where]
         boxes = heads.deltas_to_boxes(anchors, outputs["deltas"])
         return boxes, F.threshold_(outputs["logits"].sigmoid(), heads.SCORE_THRESHOLD, 0.0)
 

@@ -24,7 +24,7 @@ import benchmark_export as export
 import benchmark_networks as net
 import torch
 
-from msad import processes
+from msad.engine import processes
 
 
 class Row(NamedTuple):

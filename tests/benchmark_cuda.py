@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 import benchmark_networks as net
 import torch
 
-from msad import processes
+from msad.engine import processes
 
 HEADS = {"FCOS": "fcos", "RetinaNet": "retinanet"}
 WARM_UP = 3  # calls that do not count
@@ -105,7 +105,7 @@ def show(row, found, ratio):
 
 def main(device, size, batches, only, runs):
     """Print all rows whose name contains `only` -> them, as a list of dicts."""
-    net.DEVICE, (net.HEIGHT, net.WIDTH) = processes.start(device), size
+    net.DEVICE, (net.HEIGHT, net.WIDTH) = processes.init_device(device), size
     print(f"torch {torch.__version__}, {processes.describe(net.DEVICE)}, {size[0]}x{size[1]}, bf16")
     print(f"{'':38} images/s       ms     host  TFLOP/s    GiB   res.  ratio  limit")
     results, peers = [], {}

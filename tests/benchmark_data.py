@@ -13,7 +13,8 @@ import torch
 from benchmark_networks import CLASSES, config, median
 from PIL import Image
 
-from msad import annotations, data, models
+from msad import models
+from msad.data import annotations, dataset
 
 THREADS = torch.get_num_threads()
 
@@ -34,7 +35,7 @@ def jpeg(low):
     Image.fromarray(noisy).save(file, "JPEG", quality=90)
 
     def ours():
-        return data.resize(data.read_image(io.BytesIO(file.getvalue())), data.fitted_size(480, 640, 800, 1333), low)
+        return data.resize(dataset.read_image(io.BytesIO(file.getvalue())), data.fitted_size(480, 640, 800, 1333), low)
 
     assert tuple(ours().shape) == ((3, 400, 533) if low else (3, 800, 1066)) and ours().dtype == torch.uint8
     times = [median(ours, 40), median(lambda: Image.open(io.BytesIO(file.getvalue())).load(), 40)]

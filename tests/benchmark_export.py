@@ -20,8 +20,9 @@ import torch
 import torchvision
 from torchvision.ops import batched_nms
 
-from msad import export, models
-from msad.processes import autocast
+from msad import models
+from msad.engine import export
+from msad.engine.processes import autocast
 
 try:
     import onnxruntime

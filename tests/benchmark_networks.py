@@ -19,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msad import align, distillation, models, processes
-from msad.data import pad_to_multiple
+from msad import align, distillation, models
+from msad.engine import processes
+from msad.images import pad_to_multiple
 from msad.fusion import LOSS_WEIGHTS
 from msad.models import ModelConfig
-from msad.run import build_optimizer, check_finite, set_learning_rate
-from msad.settings import COCO
+from msad.engine.run import build_optimizer, check_finite, set_learning_rate
+from msad.engine.settings import COCO
 
 HEIGHT, WIDTH, DEVICE = 512, 768, torch.device("cpu")  # benchmark_cuda.py sets its own
 CLASSES = tuple({"id": k + 1, "name": str(k)} for k in range(80))

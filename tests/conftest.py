@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # msad and the scripts, for 
 @pytest.fixture(autouse=True, scope="session")
 def costs_are_counted_once():
     """Hundreds of runs begin with what their model costs, and few models differ; counting outlasts a step."""
-    from msad import evaluation
+    from msad.engine import evaluation
 
     count, known = evaluation.count_cost, {}
 

@@ -17,7 +17,7 @@ import torch
 import train
 from tqdm import tqdm
 
-from msad import processes
+from msad.engine import processes
 
 ROOT = Path(__file__).parents[1]
 

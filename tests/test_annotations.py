@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from folders import annotation_path, random_content, write
 
-from msad import annotations
-from msad.files import InputError
+from msad.data import annotations
+from msad.data.errors import InputError
 
 
 def plainly(content):

@@ -11,7 +11,8 @@ import torchvision
 from authors_files import WIDTHS, Network, authors_input, empty_state, random_state
 from helpers import tiny_model
 
-from msad import InputError, align, checkpoint, settings
+from msad import InputError, align
+from msad.engine import checkpoint, settings
 
 SIZES = [(128, 150), (101, 192)]  # of two images in a batch of 128x192
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from helpers import randomize
 
-from msad.backbone import FPN, LAYERS, WIDTHS, ResNet
+from msad.backbone import FPN, LAYERS, ResNet, WIDTHS
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_model
 
-from msad import InputError, checkpoint, files, models
+from msad import InputError, models
+from msad.engine import checkpoint, files
 
 
 def assert_refused(path, *expected, **how):

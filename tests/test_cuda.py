@@ -22,8 +22,11 @@ from scripts import ROOT, TINY, call, complaint, succeed
 from test_processes import random_batch
 from torchvision.ops import box_iou
 
-from msad import annotations, checkpoint, evaluation, models, processes, run
-from msad.data import CocoDataset, resize
+from msad import models
+from msad.data import annotations
+from msad.engine import checkpoint, evaluation, processes, run
+from msad.data.dataset import CocoDataset
+from msad.images import resize
 
 DEVICES = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = pytest.mark.skipif(not DEVICES, reason="no CUDA device here")
@@ -35,7 +38,7 @@ COUNTS = (3, 0, 1, 7)  # boxes of the images of a batch
 
 @pytest.fixture(scope="module")
 def device():
-    return processes.start("cuda")
+    return processes.init_device("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +199,7 @@ def test_processes_of_torchrun_have_the_gradients_of_the_cpu(data, tmp_path, cou
 
 def work(data, folder):
     """What each process does: gradients over NCCL, then a whole run with synchronised BatchNorm."""
-    device, rank, count = processes.start("cuda"), processes.rank(), processes.world_size()
+    device, rank, count = processes.init_device("cuda"), processes.rank(), processes.world_size()
     for head in HEADS:
         torch.save(step("teacher", head, "frozen", device, rank, count)[2], folder / f"{head}{rank}.pt")
     sys.argv = ["train.py", *ON_CUDA, "--batch", "4", "--data", str(data), "--out", str(folder / "out")]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from folders import noise, random_content, write
 from PIL import Image
 
-from msad import annotations
-from msad.data import CocoDataset, TrainBatches, collate, eval_batches, fitted_size, loader, pad_to_multiple, resize
-from msad.files import InputError
+from msad.data import annotations
+from msad.data.dataset import CocoDataset, TrainBatches, collate, eval_batches, loader
+from msad.images import fitted_size, pad_to_multiple, resize
+from msad.data.errors import InputError
 
 
 def test_fitted_size_is_the_exact_scale_rounded_down():

@@ -7,7 +7,8 @@ import torch
 from helpers import tiny_config, tiny_model
 from torch import nn
 
-from msad import checkpoint, models
+from msad import models
+from msad.engine import checkpoint
 
 KINDS_AND_BRANCHES = [
     ("high", "high"), ("low", "low"), ("teacher", "fused"), ("teacher", "high"), ("teacher", "low"),

@@ -11,8 +11,10 @@ from PIL import Image
 from test_detect import same_detections
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msad import checkpoint, models
-from msad.files import InputError, read_image
+from msad import models
+from msad.engine import checkpoint
+from msad.data.errors import InputError
+from msad.data.reading import read_image
 
 PIXELS = {size: np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8) for size in ((50, 60), (200, 300))}
 SMALL = PIXELS[50, 60]

@@ -28,8 +28,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from msad import annotations, checkpoint, data, distillation, models, processes, run
-from msad.data import Batch
+from msad import distillation, models
+from msad.data import annotations, dataset
+from msad.engine import checkpoint, processes, run
+from msad.data.dataset import Batch
 
 CUDA = torch.device("cuda:0")
 METRICS = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"), 0.5)

@@ -17,9 +17,11 @@ from pycocotools.cocoeval import COCOeval
 from scripts import succeed
 from torch import nn
 
-from msad import annotations, checkpoint, evaluation, models
-from msad.data import CocoDataset
-from msad.evaluation import count_cost
+from msad import models
+from msad.data import annotations
+from msad.engine import checkpoint, evaluation
+from msad.data.dataset import CocoDataset
+from msad.engine.evaluation import count_cost
 
 NOTHING = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0, np.float32), "labels": np.zeros(0, np.int64)}
 
@@ -268,7 +270,7 @@ def data(tmp_path):
 @pytest.mark.parametrize("kind", ["teacher", "low"])
 def test_the_size_is_the_commonest_and_only_such_images_are_timed(data, kind, monkeypatch):
     model = tiny_model(kind)
-    dataset = CocoDataset(annotations.read(data, "val"), (128,), 256, model.low_input)
+    dataset = CocoDataset(annotations.read(data, "val"), (128,), 256, model.downsample)
     timed, clock = [], iter(range(1000))
     monkeypatch.setattr(CocoDataset, "__getitem__", spy(CocoDataset.__getitem__, timed))
     monkeypatch.setattr(evaluation, "now", lambda device: next(clock) ** 2 / 1000)

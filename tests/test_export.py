@@ -15,8 +15,8 @@ from helpers import CLASSES, tiny_model
 from PIL import Image
 from scripts import ROOT, complaint, succeed
 
-from msad import checkpoint, processes
-from msad.export import Exported, describe
+from msad.engine import checkpoint, processes
+from msad.engine.export import Exported, describe
 
 SIZES = ((90, 150), (300, 200))  # height, width of pictures that are enlarged, and shrunk
 CASES = [("fcos", "low", "low"), ("retinanet", "low", "low"), ("fcos", "teacher", "fused")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny_model
 
-from msad.fusion import LOSS_WEIGHTS, CrossingFusion
+from msad.fusion import CrossingFusion, LOSS_WEIGHTS
 
 SIZES = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
 BOXES = [torch.tensor([[10.0, 20, 60, 90], [30, 30, 45, 50]]), torch.zeros(0, 4)]

@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scripts import TINY, call, complaint, succeed
 
-from msad import checkpoint, evaluation
+from msad.engine import checkpoint, evaluation
 
 
 @pytest.fixture

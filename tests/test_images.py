@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from msad.files import InputError, read_image
+from msad.data.errors import InputError
+from msad.data.reading import read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (13, 18, 3), dtype=np.uint8)
 GREY = PIXELS[..., 0]

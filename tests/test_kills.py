@@ -7,7 +7,7 @@ import time
 import pytest
 from scripts import assert_same_run, fork, kill, runs, succeed, wait
 
-from msad import checkpoint
+from msad.engine import checkpoint
 
 KILLS = 20
 

@@ -8,7 +8,8 @@ from folders import draw_rectangles, write
 from helpers import tiny_config
 from scripts import TINY, succeed
 
-from msad import annotations, evaluation
+from msad.data import annotations
+from msad.engine import evaluation
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,10 @@ from helpers import tiny_config, tiny_model, total
 from torch import nn
 
 import msad
-from msad import align, annotations, checkpoint, distillation, evaluation, heads, models, processes
-from msad.data import CocoDataset
+from msad import align, distillation, heads, models
+from msad.data import annotations
+from msad.engine import checkpoint, evaluation, processes
+from msad.data.dataset import CocoDataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BOXES = [torch.tensor([[10.0, 20, 60, 90], [30, 30, 45, 50]]), torch.zeros(0, 4)]

@@ -26,8 +26,10 @@ from PIL import Image
 from scripts import LONG, ROOT, TINY, assert_same_run, call, complaint, runs, succeed
 from test_processes import torchrun
 
-from msad import checkpoint, data, evaluation, models, pictures, processes, run
-from msad.files import open_locked
+from msad import models
+from msad.data import dataset
+from msad.engine import checkpoint, drawing, evaluation, processes, run
+from msad.engine.files import open_locked
 
 NAMES = ("trained", "distilled")
 LOSSES = models.Detector.losses
@@ -260,7 +262,7 @@ ENDS = {
 @pytest.mark.parametrize("case", ENDS)
 def test_whatever_ends_it_what_was_found_until_then_is_written(photos, tmp_path, monkeypatch, case):
     accident, expected = ENDS[case]
-    look, calls = pictures.look, []
+    look, calls = drawing.look, []
 
     def third_time(*arguments):
         calls.append(None)
@@ -418,7 +420,7 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path
 
 def test_a_folder_is_in_use_while_its_log_is_drawn(uninterrupted, tmp_path):
     script, flags = runs(uninterrupted)["trained"]
-    sheet, out = pictures.sheet, tmp_path / "out"
+    sheet, out = drawing.sheet, tmp_path / "out"
 
     def change():
         def draw(*arguments):
@@ -428,7 +430,7 @@ def test_a_folder_is_in_use_while_its_log_is_drawn(uninterrupted, tmp_path):
                 time.sleep(0.005)
             return sheet(*arguments)
 
-        pictures.sheet = draw
+        drawing.sheet = draw
 
     process = Process(tmp_path, script, *flags, "--out", out, change=change)
     process.wait_until((tmp_path / "waits").exists)
@@ -496,7 +498,7 @@ def test_too_few_file_descriptors_are_one_line_at_once(squares, tmp_path, worker
 
 def test_what_a_worker_cannot_hand_over_is_not_waited_for(squares, tmp_path):
     def change():
-        data.collate = lambda items, multiple: (item for item in items)  # no process can send this to another
+        dataset.collate = lambda items, multiple: (item for item in items)  # no process can send this to another
 
     flags = [*TINY, "--data", squares, "--res", "low", "--workers", 1, "--iters", 3, "--out", tmp_path / "out"]
     code, lines = Process(tmp_path, train, *flags, change=change).end(60)
@@ -533,7 +535,7 @@ def test_whatever_befalls_a_worker_ends_the_run_with_its_line(squares, tmp_path,
     accident, expected, patience = WORKERS[case]
 
     def change():
-        data.read_image, data.PATIENCE = accident, patience
+        dataset.read_image, dataset.PATIENCE = accident, patience
 
     flags = [*TINY, "--data", squares, "--res", "low", "--workers", 1, "--iters", 3, "--out", tmp_path / "out"]
     code, lines = Process(tmp_path, train, *flags, change=change).end()
@@ -678,10 +680,10 @@ def test_a_process_that_ends_while_its_readers_live_ends_with_them(tmp_path):
     draw_rectangles(tmp_path / "data", {"train": 8})
     code = """if True:
         import builtins, sys, torch
-        from msad import annotations, data
-        data.SECONDS_MORE = 1
-        read = data.CocoDataset(annotations.read(sys.argv[1], "train"), (64,), 128)
-        batches = iter(data.loader(read, data.eval_batches(read, 2, 64, 0, 1), 64, 2, torch.device("cpu")))
+        from msad.data import annotations, dataset
+        dataset.SECONDS_MORE = 1
+        read = dataset.CocoDataset(annotations.read(sys.argv[1], "train"), (64,), 128)
+        batches = iter(dataset.loader(read, dataset.eval_batches(read, 2, 64, 0, 1), 64, 2, torch.device("cpu")))
         builtins.kept = next(batches), batches  # so that nothing closes it in order
     """
     command = [sys.executable, "-c", code, tmp_path / "data"]

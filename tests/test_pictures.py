@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from scripts import TINY, call, complaint, succeed
 
-from msad import annotations, checkpoint, pictures
-from msad.data import read_image
+from msad.data import annotations
+from msad.engine import checkpoint, drawing
+from msad.data.reading import read_image
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
 GREY = torch.full((3, 64, 48), 128, dtype=torch.uint8)  # 8 times smaller than its panel
@@ -51,10 +52,10 @@ def picture_of(panel, height=512):
 
 @pytest.mark.parametrize("label", [0, 1, 2])
 def test_a_box_lands_where_it_was_put_in_the_colour_of_its_class(label):
-    pixels = picture_of(pictures.panel(GREY, found([8, 20, 32, 40], labels=[label]), CLASSES, "here"))
+    pixels = picture_of(drawing.panel(GREY, found([8, 20, 32, 40], labels=[label]), CLASSES, "here"))
     assert pixels.shape == (512, 384, 3)
     # The box is 64 to 256 by 160 to 320, both ends included; its line is two pixels wide, its name within.
-    color = pictures.color(label)
+    color = drawing.color(label)
     y, x = np.nonzero((pixels == color).all(2))
     assert (x.min(), x.max(), y.min(), y.max()) == (64, 256, 160, 320)
     border = np.concatenate([pixels[160:321, [64, 65, 255, 256]].ravel(), pixels[[160, 161, 319, 320], 64:257].ravel()])
@@ -70,35 +71,35 @@ def test_boxes_are_scaled_with_their_picture(height, width):
     box = [width / 4, height / 4, width / 2, height / 2]
     scale = 512 / max(height, width)
     rows, columns = (max(1, round(side * scale)) for side in (height, width))
-    pixels = picture_of(pictures.panel(image, found(box), [{"id": 1, "name": ""}], ""), rows)
+    pixels = picture_of(drawing.panel(image, found(box), [{"id": 1, "name": ""}], ""), rows)
     assert pixels.shape == (rows, columns, 3)
-    y, x = np.nonzero((pixels == pictures.color(0)).all(2))
+    y, x = np.nonzero((pixels == drawing.color(0)).all(2))
     assert (x.min(), y.min()) == (columns // 4, rows // 4)
     assert 0 <= x.max() - columns // 2 <= 2 and 0 <= y.max() - rows // 2 <= 2
 
 
 def test_names_and_scores_are_written_and_what_is_below_the_threshold_is_not(written):
     boxes = [[8, 20, 32, 40], [4, 44, 30, 60]]
-    low = pictures.panel(GREY, found(*boxes, labels=[0, 2], scores=[0.91, 0.29]), CLASSES, "here", 0.3)
+    low = drawing.panel(GREY, found(*boxes, labels=[0, 2], scores=[0.91, 0.29]), CLASSES, "here", 0.3)
     assert sorted(written) == ["disk 0.91", "here"]
     written.clear()
-    alone = pictures.panel(GREY, found(boxes[0], scores=[0.91]), CLASSES, "here", 0.91)
+    alone = drawing.panel(GREY, found(boxes[0], scores=[0.91]), CLASSES, "here", 0.91)
     assert np.array_equal(low, alone), "the threshold itself is drawn"
     written.clear()
-    pictures.panel(GREY, found(*boxes, labels=[0, 2]), CLASSES, "here", 0.99)
+    drawing.panel(GREY, found(*boxes, labels=[0, 2]), CLASSES, "here", 0.99)
     assert sorted(written) == ["disk", "frame", "here"], "the truth has no scores"
 
 
 def test_the_best_are_drawn_last_on_top():
     boxes = [[8, 20, 32, 40]] * 3
-    pixels = picture_of(pictures.panel(GREY, found(*boxes, labels=[2, 0, 1], scores=[0.9, 0.8, 0.7]), CLASSES, ""))
-    assert (pixels[240, 64] == pictures.color(2)).all()
+    pixels = picture_of(drawing.panel(GREY, found(*boxes, labels=[2, 0, 1], scores=[0.9, 0.8, 0.7]), CLASSES, ""))
+    assert (pixels[240, 64] == drawing.color(2)).all()
 
 
 def test_nothing_found_is_the_picture_alone(written):
     nothing = found(scores=[])
     for content in (nothing, found(), found([8, 20, 32, 40], scores=[0.1])):
-        assert (picture_of(pictures.panel(GREY, content, CLASSES, "here")) == 128).all()
+        assert (picture_of(drawing.panel(GREY, content, CLASSES, "here")) == 128).all()
     assert written == ["here"] * 3
 
 
@@ -106,29 +107,29 @@ def test_thousands_of_boxes_have_names_for_the_best_alone(written):
     corner = torch.rand(5000, 2, generator=torch.Generator().manual_seed(0)) * 40
     boxes, scores = torch.cat([corner, corner + 8], 1).tolist(), torch.linspace(0.99, 0.5, 5000).tolist()
     labels = [k % 3 for k in range(5000)]
-    pixels = picture_of(pictures.panel(GREY, found(*boxes, labels=labels, scores=scores), CLASSES, "here"))
+    pixels = picture_of(drawing.panel(GREY, found(*boxes, labels=labels, scores=scores), CLASSES, "here"))
     names = [CLASSES[k]["name"] + f" {score:.2f}" for k, score in zip(labels, scores)]
-    assert sorted(written) == sorted(["here", *names[: pictures.TAGS]])
+    assert sorted(written) == sorted(["here", *names[: drawing.TAGS]])
     assert (pixels != 128).any(2).mean() > 0.5
 
 
 def test_class_names_of_any_alphabet_and_boxes_that_reach_outside_are_drawn():
     classes = [{"id": k, "name": name} for k, name in enumerate(("雪 Ω", "two\nlines", "x" * 300, ""))]
     boxes = [[-900, -900, 900, 900], [0, 0, 48, 64], [47.9, 63.9, 48, 64], [5, 5, 5, 5]]
-    picture = pictures.panel(GREY, found(*boxes, labels=[0, 1, 2, 3]), classes, "")
+    picture = drawing.panel(GREY, found(*boxes, labels=[0, 1, 2, 3]), classes, "")
     assert picture.width == 384 and (picture_of(picture) != 128).any()
 
 
 def test_colours_of_classes_differ():
-    colors = np.array([pictures.color(k) for k in range(8)])
+    colors = np.array([drawing.color(k) for k in range(8)])
     distances = np.abs(colors[:, None] - colors).sum(2) + 999 * np.eye(8)
     assert distances.min() > 60
 
 
 @pytest.mark.parametrize("count, rows, columns", [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (5, 2, 3)])
 def test_a_strip_has_a_labelled_panel_for_everything(written, count, rows, columns):
-    strip = pictures.strip(GREY, {f"number {i}": found([0, 0, 9, 9]) for i in range(count)}, CLASSES)
-    panel = pictures.panel(GREY, found([0, 0, 9, 9]), CLASSES, "")
+    strip = drawing.strip(GREY, {f"number {i}": found([0, 0, 9, 9]) for i in range(count)}, CLASSES)
+    panel = drawing.panel(GREY, found([0, 0, 9, 9]), CLASSES, "")
     assert strip.size == (16 + columns * (panel.width + 16), 16 + rows * (panel.height + 16))
     assert [text for text in written if "number" in text] == [f"number {i}" for i in range(count)]
     pixels = np.asarray(strip)
@@ -141,7 +142,7 @@ def test_a_strip_has_a_labelled_panel_for_everything(written, count, rows, colum
 def test_pictures_of_many_sizes_are_tiled_without_overlap():
     sizes = [(30, 20), (10, 50), (40, 40), (25, 5), (60, 10)]
     tiles = [Image.new("RGB", size, (10 * (k + 1), 0, 0)) for k, size in enumerate(sizes)]
-    pixels = np.asarray(pictures.tile(tiles, 2, gap=7))
+    pixels = np.asarray(drawing.tile(tiles, 2, gap=7))
     for k, (width, height) in enumerate(sizes):
         y, x = np.nonzero((pixels == (10 * (k + 1), 0, 0)).all(2))
         assert (x.max() - x.min() + 1, y.max() - y.min() + 1, len(x)) == (width, height, width * height)
@@ -154,13 +155,13 @@ def test_pictures_to_draw_are_spread_over_those_with_boxes(tmp_path):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in empty]
     write(tmp_path, content)
     full = np.flatnonzero(np.diff(annotations.read(tmp_path, "train").starts)).tolist()
-    indices = pictures.spread(annotations.read(tmp_path, "train"), 5)
+    indices = drawing.spread_indices(annotations.read(tmp_path, "train"), 5)
     assert indices == sorted(set(indices)) and len(indices) == 5 and set(indices) < set(full)
     assert {indices[0], indices[-1]} == {full[0], full[-1]}
-    assert pictures.spread(annotations.read(tmp_path, "train"), 99) == full
+    assert drawing.spread_indices(annotations.read(tmp_path, "train"), 99) == full
     content["annotations"] = []
     write(tmp_path, content)
-    assert pictures.spread(annotations.read(tmp_path, "train"), 3) == [0, 19, 39], "without a box any will do"
+    assert drawing.spread_indices(annotations.read(tmp_path, "train"), 3) == [0, 19, 39], "without a box any will do"
 
 
 def test_the_truth_is_what_is_annotated_without_crowds(tmp_path):
@@ -169,7 +170,7 @@ def test_the_truth_is_what_is_annotated_without_crowds(tmp_path):
     read, ids = annotations.read(tmp_path, "train"), [3, 17, 90]
     for index, image in enumerate(content["images"]):
         rows = [a for a in content["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
-        truth = pictures.truth(read, index)
+        truth = drawing.truth(read, index)
         expected = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in rows)]
         assert truth["boxes"].tolist() == expected and "scores" not in truth
         assert truth["labels"].tolist() == [ids.index(a["category_id"]) for a in rows]
@@ -226,7 +227,7 @@ NAMES["teacher"] = ["checkpoint @ fused", "checkpoint @ high", "checkpoint @ low
 @pytest.mark.parametrize("kind, labels", NAMES.items())
 def test_beside_a_teacher_a_model_is_called_what_it_is(kind, labels):
     model = tiny_model(kind)
-    columns = pictures.beside(tiny_model("teacher"), model, sorted(model.branches))
+    columns = drawing.compare_columns(tiny_model("teacher"), model, sorted(model.branches))
     assert list(columns) == ["teacher @ fused", "teacher @ low", *labels]
 
 
@@ -293,7 +294,7 @@ def test_what_cannot_be_looked_at_is_one_line(home, photos):
 
 @pytest.mark.parametrize("top", [0.001, 0.04, 0.7, 1, 1.08, 3.5, 7, 9.99, 10, 86.4, 100, 90_000])
 def test_ticks_are_round_and_reach_as_far_as_they_can(top):
-    ticks = pictures.ticks(top)
+    ticks = drawing.ticks(top)
     step = ticks[1]
     assert ticks == pytest.approx([i * step for i in range(len(ticks))]) and 4 <= len(ticks) <= 9
     assert ticks[-1] <= top * 1.0001 < ticks[-1] + step * 1.001
@@ -310,7 +311,7 @@ def red(picture):
 
 def test_points_lie_in_proportion_to_their_axes():
     line = [(0, 0), (50, 10), (100, 20), (200, 40)]
-    where = red(pictures.chart({"low": line}, {"low": (255, 0, 0)}, "AP", 200, (1000, 380)))
+    where = red(drawing.chart({"low": line}, {"low": (255, 0, 0)}, "AP", 200, (1000, 380)))
     x0, x1 = where.any(0).nonzero()[0][[0, -1]]
     assert x1 - x0 > 800
     centres = []
@@ -322,17 +323,17 @@ def test_points_lie_in_proportion_to_their_axes():
 
 
 def test_a_single_point_is_a_dot_and_nothing_at_all_is_no_error():
-    where = red(pictures.chart({"low": [(100, 40)]}, {"low": (255, 0, 0)}, "AP", 200, (1000, 380)))
+    where = red(drawing.chart({"low": [(100, 40)]}, {"low": (255, 0, 0)}, "AP", 200, (1000, 380)))
     y, x = where.nonzero()
     assert 5 <= np.ptp(x) <= 9 and 5 <= np.ptp(y) <= 9 and 450 < x.mean() < 570
-    assert pictures.chart({}, {}, "AP", 1, (1000, 380)).size == (1000, 380)
+    assert drawing.chart({}, {}, "AP", 1, (1000, 380)).size == (1000, 380)
 
 
 def test_a_log_becomes_a_line_for_each_branch(tmp_path, monkeypatch):
     entries = [{"iteration": i, "lr": 1, "loss": 6 + i, "low/cls": 1.0, "low/box": 2 + i, "kd": 3.0} for i in (0, 10)]
     entries += [{"done": 11, "branch": branch, "AP": ap} for branch, ap in (("low", 0.25), ("high", -1))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    charts, chart = [], pictures.chart
+    charts, chart = [], drawing.chart
 
     def note(lines, hues, title, right):
         charts.append((lines, title.split()[0], right))
@@ -341,7 +342,7 @@ def test_a_log_becomes_a_line_for_each_branch(tmp_path, monkeypatch):
 
     colors = []
     monkeypatch.setattr(pictures, "chart", note)
-    pictures.curve((tmp_path / "log.jsonl").read_text())
+    drawing.curve((tmp_path / "log.jsonl").read_text())
     losses = {"loss": [(0, 6), (10, 16)], "low": [(0, 3), (10, 13)], "kd": [(0, 3), (10, 3)]}
     assert charts == [(losses, "loss", 11), ({"low": [(11, 25)], "high": [(11, 0)]}, "AP", 11)]
     assert colors[0]["low"] == colors[1]["low"] and len({*colors[0].values(), *colors[1].values()}) == 4

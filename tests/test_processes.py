@@ -23,11 +23,14 @@ from helpers import randomize, tiny_config, tiny_model
 from scripts import LONG, ROOT, TINY, assert_same_run, wait_for_lines
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from msad import annotations, checkpoint, distillation, evaluation, models, processes, settings
-from msad.data import CocoDataset, train_loader
-from msad.files import InputError
+from msad import distillation, models
+from msad.data import annotations
+from msad.engine import checkpoint, evaluation, processes, settings
+from msad.data.dataset import CocoDataset
+from msad.engine.run import train_loader
+from msad.data.errors import InputError
 from msad.fusion import LOSS_WEIGHTS
-from msad.run import build_optimizer
+from msad.engine.run import build_optimizer
 
 SHORT = [*TINY, "--iters", "2"]
 # Images of one size, so that no part is padded: GroupNorm would see it.
@@ -139,7 +142,7 @@ def first_step(*flags):
 
 def work(folder):
     """What each of the two processes does."""
-    processes.start("cpu")
+    processes.init_device("cpu")
     rank, count = processes.rank(), processes.world_size()
     mine = {case: gradients(*case[:2], COUNTS[case[2]], rank, count) for case in CASES}
     torch.save(mine, folder / f"gradients{rank}.pt")

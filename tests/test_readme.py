@@ -17,7 +17,9 @@ import train
 from PIL import Image
 from scripts import ROOT, TINY, call, succeed
 
-from msad import align, models, settings, shapes
+from msad import align, models
+from msad.data import shapes
+from msad.engine import settings
 
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", ".github/RESULTS.md", ".github/NOTES.md")}
 SCRIPTS = {"train.py": train, "distill.py": distill, "evaluate.py": evaluate}

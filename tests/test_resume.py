@@ -15,7 +15,7 @@ import torch
 import train
 from scripts import TINY, assert_same_run, call, complaint, fork, kill, runs, start, succeed, wait, wait_for_lines
 
-from msad import checkpoint, pictures
+from msad.engine import checkpoint, drawing
 
 NAMES = ("trained", "distilled")
 

@@ -12,7 +12,8 @@ import train
 from folders import COLORS, draw_rectangles
 from scripts import SHORT, TINY, succeed
 
-from msad import checkpoint, evaluation, models
+from msad import models
+from msad.engine import checkpoint, evaluation
 from msad.models import Conventional, Detector, Teacher
 
 # What is trained: its script, its flags beside --data and --out, the kind of model, the branches. Students are not told

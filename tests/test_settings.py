@@ -12,8 +12,9 @@ from folders import draw_rectangles, write
 from helpers import tiny_config
 from scripts import SHORT, TINY, complaint, succeed
 
-from msad import checkpoint, settings, shapes
-from msad.files import InputError
+from msad.data import shapes
+from msad.engine import checkpoint, settings
+from msad.data.errors import InputError
 
 INHERITED = {  # setting -> a value that neither recipe has, in the teacher's checkpoint, and another one, typed
     "data": ("of the teacher", "typed"),

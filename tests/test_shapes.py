@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import ImageFilter
 
-from msad import annotations, shapes
-from msad.data import fitted_size
+from msad.data import annotations, shapes
+from msad.images import fitted_size
 from msad.fcos import FCOSHead
-from msad.settings import SMALL
+from msad.engine.settings import SMALL
 
 
 def contents(folder):

@@ -12,7 +12,8 @@ from folders import draw_rectangles
 from helpers import CLASSES, randomize, tiny_config, tiny_model
 from scripts import TINY, complaint, succeed
 
-from msad import InputError, ModelConfig, align, checkpoint
+from msad import InputError, ModelConfig, align
+from msad.engine import checkpoint
 from msad.models import build
 
 SIZE = (128, 256)

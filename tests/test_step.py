@@ -10,7 +10,8 @@ import torch
 from scripts import assert_same_run, call, complaint, runs, succeed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from msad import checkpoint, distillation, models
+from msad import distillation, models
+from msad.engine import checkpoint
 
 NAN, INF = float("nan"), float("inf")
 

@@ -11,7 +11,7 @@ import train
 from folders import annotation_path, draw_rectangles
 from scripts import TINY, call, complaint, start, succeed
 
-from msad.files import InputError
+from msad.data.errors import InputError
 
 DATA_ERRORS = {
     "no such folder": (["--data", "{home}/nothing"], "{home}/nothing: no such folder; say with --data"),

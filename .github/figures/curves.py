@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from msad.pictures import chart, color
+from msad.engine.drawing import chart, color
 
 
 def read(log, minutes):

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from msad import checkpoint, evaluation
-from msad.pictures import ticks
+from msad.engine import checkpoint, evaluation
+from msad.engine.drawing import ticks
 
 # Row: the run's folder, the branch, and what the row is called.
 ROWS = (

@@ -17,8 +17,10 @@ from torchvision.ops import box_iou
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from msad import align, annotations, checkpoint, pictures, processes
-from msad.data import SHAPES, CocoDataset, eval_batches, loader
+from msad import align
+from msad.data import annotations
+from msad.engine import checkpoint, drawing, processes
+from msad.data.dataset import CocoDataset, SHAPES, eval_batches, loader
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}  # COCO's, in the file's pixels
 INK, PAPER, PALE = (40, 40, 40), (255, 255, 255), (225, 225, 225)
@@ -77,7 +79,7 @@ def draw_gate(table, trained, path):
     canvas.resize((width, height), Image.Resampling.LANCZOS).save(path, optimize=True)
 
 
-def right_less_wrong(found, truth, threshold=pictures.THRESHOLD):
+def right_less_wrong(found, truth, threshold=drawing.THRESHOLD):
     """Objects that are found, less the detections drawn that find none; see the header."""
     drawn = found["scores"] >= threshold
     boxes, labels = found["boxes"][drawn], found["labels"][drawn].long()
@@ -92,8 +94,8 @@ def choose(found, columns, autocast):
     """The image in which the last column is ahead of the first by most, and by how much."""
     best, index = -1, 0
     for i in range(len(found)):
-        truth = pictures.truth(found, i)
-        seen = pictures.look(pictures.read_image(found.path(i)), columns, autocast)
+        truth = drawing.truth(found, i)
+        seen = drawing.detect_all(pictures.read_image(found.path(i)), columns, autocast)
         first, *_, last = (right_less_wrong(detections, truth) for detections in seen.values())
         if last - first > best:
             best, index = last - first, i
@@ -109,11 +111,11 @@ def main():
     draw_gate(table, levels_of_objects(teacher, found), figures / "gate.png")
 
     conventional = checkpoint.load(runs / "conventional" / "last.pt")
-    columns = pictures.readings("conventional", conventional, ["low"])
-    columns |= pictures.readings("student", checkpoint.load(runs / "student" / "last.pt"), ["low"])
+    columns = drawing.columns_of("conventional", conventional, ["low"])
+    columns |= drawing.columns_of("student", checkpoint.load(runs / "student" / "last.pt"), ["low"])
     autocast = processes.autocast(torch.device("cpu"), "fp32")
     index, gain = choose(found, columns, autocast)
-    strip = pictures.compare(found, index, columns, autocast, side=320, per_row=3)
+    strip = drawing.compare(found, index, columns, autocast, side=320, per_row=3)
     strip.save(figures / "strip.png", optimize=True)
     print(f"gate {table.tolist()}\nstrip: image {found.image_ids[index]}, student ahead by {gain}")
 

@@ -18,9 +18,11 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from . import align, processes
-from .data import eval_batches, fitted_size, loader, pad_to_multiple, remarks_of, tell
-from .models import HEADS
+from .. import align
+from ..data.dataset import eval_batches, loader
+from ..images import fitted_size, pad_to_multiple
+from ..models import HEADS
+from . import processes
 
 PARTS = ("backbone", "fpn", "head")  # of a model, whose cost is told apart
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -37,16 +39,13 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
     found = {branch: [] for branch in branches}
     silent = None if processes.is_main() else True  # None: a bar only on a terminal
     reader = tqdm(loader(dataset, batches, model.multiple, workers, device), "evaluating", leave=False, disable=silent)
-    noticed = {}
     for data in reader:
-        noticed |= remarks_of(data)
         originals = [tuple(map(int, dataset.annotations.sizes[i])) for i in data.indices]
         with autocast:
             detections = model.detect_batch(data.images.to(device, non_blocking=True), data.sizes, originals, branches)
         for branch in branches:
             arrays = [{k: v.cpu().numpy() for k, v in d.items()} for d in detections[branch]]
             found[branch] += zip(data.indices, arrays)
-    tell(dataset.annotations, "validation", dict(processes.gather(list(noticed.items()))))
     found = {branch: sorted(processes.gather(pairs), key=lambda pair: pair[0]) for branch, pairs in found.items()}
     return {branch: (coco_metrics(dataset.annotations, pairs), pairs) for branch, pairs in found.items()}
 
@@ -162,9 +161,10 @@ def measure_cost(model, dataset, branch, autocast=contextlib.nullcontext(), imag
         original = [tuple(map(int, dataset.annotations.sizes[index]))]
         with autocast:
             began = now(device)
-            outputs = network.predict(network.pyramids(network.normalize(pixels, shape), [branch]))[branch]
+            pyramids = network.pyramids(network.normalize(pixels, shape), [branch])
+            outputs = network.predict(pyramids)
             between = now(device)
-            network.postprocess(outputs, branch, shape, original)
+            network.postprocess(pyramids[branch], outputs[branch], branch, shape, original)
         seconds.append((between - began, now(device) - between))
     medians = [1000 * statistics.median(column) for column in zip(*seconds[2:])]
     return count_cost(model, branch, *size) | {"ms": dict(zip(("network", "postprocessing"), medians))}
@@ -179,8 +179,6 @@ def now(device):
 
 def describe_levels(config, annotations, short_side, long_side, device):
     """A line on how many boxes each aligned level learns; one more, on what to change, if the finest or most learn few.
-
-    All processes have to call it, since the head counts objects over all of them.
     """
     measure = lambda scale, pictures: level_shares(config, annotations, short_side, long_side, device, scale, pictures)
     shares = measure(config.object_scale, 100)

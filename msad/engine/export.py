@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import align
+from ..data.errors import InputError, write_errors
+from ..heads import SCORE_THRESHOLD
+from ..postprocess import DETECTIONS_PER_IMAGE
 from . import processes
-from .files import InputError, writing
-from .heads import SCORE_THRESHOLD
-from .models import DETECTIONS_PER_IMAGE
 
 NOTES = "msad.json"
 OPSET = 20
@@ -41,10 +42,11 @@ class Exported(nn.Module):
         height, width = images.shape[-2:]
         x = F.pad(model.normalize(images, []), (0, -width % model.multiple, 0, -height % model.multiple))
         with self.autocast:
-            outputs = model.head(model.pyramids(x, [self.branch])[self.branch])
-        boxes, scores = model.head.decode(outputs, slice(None))
+            maps = model.pyramids(x, [self.branch])[self.branch]
+            outputs = model.head(maps)
+        boxes, scores = model.head.decode(outputs, align.map_sizes(maps), slice(None))
         found = scores.amax(-1, keepdim=True) > 0
-        return torch.where(found, boxes / model.frame_scales[self.branch], 0.0), scores
+        return torch.where(found, boxes / model.box_scales[self.branch], 0.0), scores
 
 
 def save(path, model, branch, precision="fp32"):
@@ -62,7 +64,7 @@ def save(path, model, branch, precision="fp32"):
         program = trace(Exported(model, branch, precision).eval())
         notes = json.dumps(describe(model, branch))
         content = to_onnx(program, notes) if suffix == ".onnx" else to_pt2(program, notes)
-    with writing(path):
+    with write_errors(path):
         Path(path).write_bytes(content)
     opset = f", opset {OPSET}" if suffix == ".onnx" else ""
     return f"images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,{len(model.config.classes)}){opset}"
@@ -74,7 +76,7 @@ def describe(model, branch):
     config = model.config
     about = {"kind": config.kind, "branch": branch, "classes": config.classes, "multiple": model.multiple}
     about |= {"short_side": config.short_side, "long_side": config.long_side}
-    about |= {"scale": model.scale, "downsample": model.low_input, "score_threshold": SCORE_THRESHOLD}
+    about |= {"scale": model.scale, "downsample": model.downsample or "", "score_threshold": SCORE_THRESHOLD}
     return about | {"nms_iou": model.head.nms_threshold, "detections": DETECTIONS_PER_IMAGE}
 
 

@@ -32,10 +32,11 @@ import torch
 import torchvision
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
+from ..backbone import LAYERS, WIDTHS, ResNet
+from ..data.errors import InputError, checkpoint_errors
+from ..models import STD, ModelConfig, build
 from . import processes
-from .backbone import LAYERS, WIDTHS, ResNet
-from .files import InputError, blamed, read_tensors, write_tensors
-from .models import STD, ModelConfig, build
+from .files import read_tensors, write_tensors
 
 FORMAT = 1
 CATEGORIES = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # at their ids, with words for ids not in use
@@ -91,7 +92,7 @@ def read(path, want=None):
     """
     content = read_tensors(path)
     if isinstance(content, dict) and content.get("msad") == FORMAT:
-        with blamed(path):
+        with checkpoint_errors(path):
             content = {"training": None} | content | {"config": ModelConfig(**content["config"])}
     else:
         content = from_authors(content, path, want)
@@ -103,7 +104,7 @@ def read(path, want=None):
 
 def restore(content, path):
     """The model of a checkpoint's content, in eval mode. Raises InputError where the tensors do not fit it."""
-    with blamed(path, "its tensors do not fit its description"):
+    with checkpoint_errors(path, "its tensors do not fit its description"):
         model = build(content["config"])
         model.load_state_dict(content["model"])
     return model.eval()
@@ -133,7 +134,7 @@ def load_weights(model, weights):
         check_architecture(source, config, other.config, ("backbone", "width"))
         same = config.head == other.config.head, config.classes == other.config.classes
         line = start_from(model, other.state_dict(), "" if all(same) else "head.cls_logits." if same[0] else "head.")
-    processes.say(f"weights   {source}: taken {line}")
+    processes.print_once(f"weights   {source}: taken {line}")
 
 
 def check_architecture(source, config, other, names):
@@ -320,7 +321,7 @@ def take(state, expected, what):
     used = {expected[n].ours: tensor for n, tensor in state.items() if not expected[n].dropped}
     dropped = Counter(expected[n].dropped for n in state if expected[n].dropped)
     counts = ", ".join(f"{count} ({why})" for why, count in dropped.items()) or "none"
-    processes.say(f"weights   {what}: {len(used)} tensors used; dropped: {counts}")
+    processes.print_once(f"weights   {what}: {len(used)} tensors used; dropped: {counts}")
     return used
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint, evaluation, pictures, processes
-from .files import InputError, blamed, open_locked, writing
+from ..data.dataset import TrainBatches, loader
+from ..data.errors import InputError, checkpoint_errors, write_errors
+from . import checkpoint, drawing, evaluation, processes
+from .files import open_locked
 
 INTERRUPTED = 130  # the exit code of a run that was stopped
 LESS_MEMORY = (
@@ -33,14 +35,14 @@ def find_checkpoint(out, resume):
     return checkpoint.read(path) if resume and path.exists() else None
 
 
-def start(settings):
+def prepare(settings):
     """Join the other processes, seed everything, settle the precision -> this process's device."""
     count, parts = processes.world_size(), settings.accumulate
     if settings.batch < count:
         raise InputError(f"--batch {settings.batch} is smaller than the number of processes, {count}")
     if parts > 1 and settings.batch % (parts * count):
         raise InputError(f"--accumulate {parts}: must divide --batch {settings.batch} over {count} process(es)")
-    device = processes.start(settings.device)
+    device = processes.init_device(settings.device)
     torch.manual_seed(settings.seed)
     settings.precision = settings.precision or processes.native_precision(device)
     return device
@@ -53,7 +55,7 @@ def open_folder(out, resume):
     """
     log = None
     if processes.is_main():
-        with writing(out, "choose another --out"):
+        with write_errors(out, "choose another --out"):
             out.mkdir(parents=True, exist_ok=True)
         log = open_locked(out / "log.jsonl")
         if not resume and keep_earlier(out):
@@ -137,8 +139,15 @@ def check_finite(iteration, numbers):
         raise InputError(f"iteration {iteration}: the loss or its gradient is not finite ({parts}); {mend}")
 
 
+def train_loader(dataset, multiple, settings, first, device):
+    """This process's part of every batch from iteration `first` on, without an end."""
+    rank, count = processes.rank(), processes.world_size()
+    order = TrainBatches(dataset.annotations, settings.batch, settings.seed, first, rank, count)
+    return loader(dataset, order, multiple, settings.workers, device)
+
+
 class Run:
-    """A training run in the folder `out`, from iteration `start` on. A context: within it the first Ctrl-C or SIGTERM
+    """A training run in the folder `out`, from iteration `first` on. A context: within it the first Ctrl-C or SIGTERM
     is a request to stop after the iteration, and what ends it names the checkpoint to go on from."""
 
     def __init__(self, script, out, log, settings, model, optimizer, validation_set, autocast, saved=None, **kept):
@@ -146,7 +155,7 @@ class Run:
         self.script, self.out, self.log, self.settings, self.kept = script, out, log, settings, kept
         self.model, self.optimizer = model, optimizer
         self.validation_set, self.autocast = validation_set, autocast
-        self.start, length = restore_optimizer(saved["training"], optimizer, out / "last.pt") if saved else (0, 0)
+        self.first, length = restore_optimizer(saved["training"], optimizer, out / "last.pt") if saved else (0, 0)
         if log:  # what was logged after the checkpoint will be logged again; a log that lost lines goes on as it is
             with self.writing_log():
                 log.truncate(min(length, log.tell()))
@@ -158,11 +167,11 @@ class Run:
         self.handlers = {number: signal.signal(number, self.note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         self.began = time.monotonic()
         silent = None if processes.is_main() else True  # None: a bar only on a terminal
-        if self.start:
-            processes.say(f"resumed   after {self.start} of {self.settings.iters} iterations")
-        self.bar = tqdm(total=self.settings.iters, initial=self.start, disable=silent, dynamic_ncols=True)
-        if self.start and self.is_due(self.start, self.settings.eval_every):
-            self.evaluate(self.start)  # once more: the checkpoint was saved before, and the log is cut off there
+        if self.first:
+            processes.print_once(f"resumed   after {self.first} of {self.settings.iters} iterations")
+        self.bar = tqdm(total=self.settings.iters, initial=self.first, disable=silent, dynamic_ncols=True)
+        if self.first and self.is_due(self.first, self.settings.eval_every):
+            self.evaluate(self.first)  # once more: the checkpoint was saved before, and the log is cut off there
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -198,6 +207,7 @@ class Run:
 
     def timed(self, batches):
         """Yield batches, and add up the seconds that they had to be waited for."""
+        batches = iter(batches)
         while True:
             began = time.monotonic()
             batch = next(batches)
@@ -237,7 +247,7 @@ class Run:
         if evaluate:
             self.evaluate(done)
         if stop:
-            processes.say(f"\nstopped after {done} iterations; {self.go_on()}")
+            processes.print_once(f"\nstopped after {done} iterations; {self.go_on()}")
         return stop
 
     def evaluate(self, done):
@@ -270,16 +280,16 @@ class Run:
                 self.log.flush()
 
     def writing_log(self):
-        return writing(self.out / "log.jsonl", "--resume goes on from the last checkpoint, if there is one")
+        return write_errors(self.out / "log.jsonl", "--resume goes on from the last checkpoint, if there is one")
 
     def show_progress(self, done, numbers):
         """On the bar, or, where there is no terminal, as a line now and then."""
         self.bar.update(done - self.bar.n)
-        first, every = done == self.start + 1, self.settings.log_every
+        first, every = done == self.first + 1, self.settings.log_every
         if not processes.is_main() or done % every and not first:
             return
         elapsed = time.monotonic() - self.began
-        seconds = elapsed / (done - self.start)
+        seconds = elapsed / (done - self.first)
         text = " ".join(f"{name} {value:.3f}" for name, value in numbers.items())
         text += f" {self.settings.batch / seconds:.1f} images/s, {self.waited / elapsed:.0%} of the time reading"
         if self.model.mean.is_cuda:
@@ -299,7 +309,7 @@ class Run:
         path = self.out / "last.pt"
         print(evaluation.table(rows))
         print(f"checkpoint {path}, log {self.out / 'log.jsonl'}")
-        print(pictures.draw_run(self.out, self.log, self.validation_set.annotations, columns, self.autocast))
+        print(drawing.draw_run(self.out, self.log, self.validation_set.annotations, columns, self.autocast))
         print(f"next: {shlex.join(['python', *next_command, path.as_posix()])}")
 
 
@@ -312,7 +322,7 @@ def evaluate_all(model, dataset, settings, autocast):
 
 def restore_optimizer(training, optimizer, path):
     """Bring an optimizer to its stored state -> iterations done, length of the log. Raises InputError."""
-    with blamed(path):
+    with checkpoint_errors(path):
         groups = optimizer.state_dict()["param_groups"]  # these follow from the settings
         optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
         names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}

@@ -9,12 +9,13 @@ import math
 from argparse import SUPPRESS, Namespace
 from dataclasses import fields
 
-from . import processes, shapes
-from .annotations import count_images
-from .backbone import LAYERS, WIDTHS
-from .distillation import DISTANCES
-from .files import InputError, blamed
-from .models import HEADS, ModelConfig
+from ..backbone import LAYERS, WIDTHS
+from ..data import shapes
+from ..data.annotations import count_images
+from ..data.errors import InputError, checkpoint_errors
+from ..distillation import DISTANCES
+from ..models import HEADS, ModelConfig
+from . import processes
 
 # Every setting of both training scripts, each a flag too, with its value in the three recipes: small (drawn pictures, a
 # laptop), photos (one's own) and coco (the paper's). A value of None is computed from the number of photos. Sides are in
@@ -136,7 +137,7 @@ def settle(typed, own, inherited=None):
     if not name:
         name = "small" if not data else "photos" if photos < MANY else "coco"
         if data:
-            processes.say(f"recipe    {name}, chosen for {photos} training photos; --recipe takes another")
+            processes.print_once(f"recipe    {name}, chosen for {photos} training photos; --recipe takes another")
     smaller_steps = name == "small" and known.get("head") == "retinanet"
     recipe = RECIPES[name] | (SMALL_RETINANET if smaller_steps else {})
     settings = Namespace(**recipe | known | {"recipe": name})
@@ -159,7 +160,7 @@ def resume_settings(typed, own, content, path):
     if content["training"] is None:
         raise InputError(f"{path}: holds a model only, nothing to resume a run from")
     defaults = COCO | {name: row[0] for name, row in own.items()}
-    with blamed(path):
+    with checkpoint_errors(path):
         stored = dict(content["training"]["settings"])
         if stored.keys() != defaults.keys():
             raise InputError(f"{path}: is another script's run; resume it with that one")
@@ -207,7 +208,7 @@ def inherit(teacher, path):
     """The settings that a student takes from its teacher's checkpoint: architecture and sizes, data and recipe."""
     config, training = teacher["config"], teacher["training"] or {}
     inherited = {"test_side": config.short_side} | {name: getattr(config, name) for name in ARCHITECTURE}
-    with blamed(path):
+    with checkpoint_errors(path):
         stored = training.get("settings", {})
         for name in ("data", "recipe", "short_sides"):
             if name in stored:

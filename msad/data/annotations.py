@@ -10,14 +10,14 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from urllib.parse import unquote
 
 import numpy as np
 
-from .files import InputError, accessing
+from .errors import InputError, input_errors
 
 # What a field may hold: the words for it, and the test. JSON knows no difference between 3 and 3.0.
 WHOLE = "a whole number", lambda v: type(v) is int or type(v) is float and v.is_integer()
@@ -46,7 +46,6 @@ class Annotations:
     areas: np.ndarray  # (M,) float32, as annotated, which decides between small, medium and large
     crowd: np.ndarray  # (M,) bool
     skipped: Counter  # reason -> number of entries left out
-    told: set = field(default_factory=set)  # what was printed about the pictures
 
     def __len__(self):
         return len(self.image_ids)
@@ -64,6 +63,11 @@ class Annotations:
         rows = self.of_image(index)
         single = ~self.crowd[rows]
         return self.boxes[rows][single], self.labels[rows][single]
+
+    def trainable(self):
+        """The indices of the images to train on: those that have a box which is not a crowd's."""
+        boxes_before = np.append(0, np.cumsum(~self.crowd))  # such boxes before each row
+        return np.flatnonzero(np.diff(boxes_before[self.starts]))
 
     def summary(self):
         """One line: what is there, what was left out, and what looks wrong."""
@@ -125,7 +129,7 @@ def read(data, split):
 
 def read_bytes(path):
     """What a file holds. Raises InputError."""
-    with accessing(path, "cannot be read"):
+    with input_errors(path, "cannot be read"):
         return path.read_bytes()
 
 
@@ -231,7 +235,7 @@ def index_by_id(ids, key, path):
 
 def check_files(names, folder, path):
     """Raise InputError unless every name is that of a file in the folder, in one below it, or linked there."""
-    with accessing(folder, "cannot be read"):
+    with input_errors(folder, "cannot be read"):
         present = set(os.listdir(folder))
     missing = []
     for name in names:

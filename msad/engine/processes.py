@@ -1,6 +1,7 @@
 """How a script runs: its command line and its end, its device, alone or as one of torchrun's processes."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import sys
@@ -9,7 +10,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from .files import InputError
+from ..data.errors import InputError
 
 # Memory of sizes that vary from batch to batch is not kept in pieces that fit no other.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -65,9 +66,11 @@ def explain(error, less_memory="a smaller --batch, --precision bf16, or a device
     if isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in text for sign in CUT_OFF):
         return "another process of this run has ended, and says why"
     if "DataLoader worker (pid" in text and "shared memory" in text:
-        return "no room in /dev/shm for the processes that read pictures: fewer --workers, or docker run --ipc=host"
+        return "no room in /dev/shm for the workers: fewer --workers, or docker run --ipc=host"
     if "DataLoader worker (pid" in text or "DataLoader timed out" in text:  # an error within one names no pid
-        return "a process that reads pictures died: try fewer --workers, or a higher limit of open files (ulimit -n)"
+        return "a worker died: try fewer --workers, or a higher limit of open files (ulimit -n)"
+    if "more than 1 value per channel" in text:
+        return "one image of one cell is too little for BatchNorm: a larger --batch or --short-sides"
     return None
 
 
@@ -83,7 +86,7 @@ def check_environment():
         raise InputError(f"not the environment of torchrun: {found}; start with torchrun, or unset RANK")
 
 
-def start(name):
+def init_device(name):
     """Join torchrun's group if there is one (nccl on CUDA, gloo elsewhere) -> this process's device.
 
     `name` is "cuda", "cpu" or "": CUDA where there is one. Raises InputError for a device that is not there.
@@ -154,7 +157,7 @@ def is_main():
     return rank() == 0
 
 
-def say(line):
+def print_once(line):
     """Print a line, by the main process alone."""
     if is_main():
         print(line, flush=True)
@@ -163,6 +166,16 @@ def say(line):
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first():
+    """A context through which the main process goes before the others: what it writes there, they find."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
 
 
 def parallel(model, norm):

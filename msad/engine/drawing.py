@@ -20,7 +20,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from .files import InputError, accessing, read_image, writing
+from ..data.errors import InputError, input_errors, write_errors
+from ..data.reading import read_image
 
 THRESHOLD = 0.4  # score below which nothing is drawn
 TAGS = 100  # of a panel, for the best
@@ -28,19 +29,19 @@ SIDE = 512  # pixels of a panel's long side beside others
 INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), (225, 225, 225)
 
 
-def readings(name, model, branches):
+def columns_of(name, model, branches):
     """{label: (copy of the model for inference, branch)}, the columns of a strip; labels as in "teacher @ fused"."""
     model = model.folded()
     return {f"{name} @ {branch}": (model, branch) for branch in branches}
 
 
-def beside(teacher, student, branches):
+def compare_columns(teacher, student, branches):
     """The columns that set a student, or another model, against what a teacher makes of both resolutions and of L."""
     name = {"low": "student", "teacher": "checkpoint"}.get(student.config.kind, student.config.kind)
-    return readings("teacher", teacher, ["fused", "low"]) | readings(name, student, branches)
+    return columns_of("teacher", teacher, ["fused", "low"]) | columns_of(name, student, branches)
 
 
-def look(image, columns, autocast):
+def detect_all(image, columns, autocast):
     """What `columns`, {label: (model, branch)}, find in one image (3,h,w) uint8 -> {label: detections}."""
     with autocast:
         return {label: model.detect(image, branch)[0] for label, (model, branch) in columns.items()}
@@ -52,7 +53,7 @@ def truth(annotations, index):
     return {"boxes": boxes, "labels": labels}
 
 
-def spread(annotations, count):
+def spread_indices(annotations, count):
     """Indices of at most `count` images, evenly spread over those of a set that have boxes, if any has."""
     has = np.diff(annotations.starts) > 0
     full = np.flatnonzero(has | ~has.any())
@@ -61,15 +62,15 @@ def spread(annotations, count):
 
 def compare(annotations, index, columns, autocast, **style):
     """A strip of an annotated image: ground truth and what `columns` find. `style` is for `strip`."""
-    image = read_image(annotations.path(index))
-    found = {"ground truth": truth(annotations, index)} | look(image, columns, autocast)
+    image = read_image(annotations.path(index), tuple(map(int, annotations.sizes[index])))
+    found = {"ground truth": truth(annotations, index)} | detect_all(image, columns, autocast)
     return strip(image, found, annotations.classes, **style)
 
 
 def sheet(annotations, columns, autocast, count=6):
     """A few images of a set, small, each a strip as in `compare`."""
     panels = 1 + len(columns)
-    indices = spread(annotations, count)
+    indices = spread_indices(annotations, count)
     strips = [compare(annotations, i, columns, autocast, side=320, per_row=panels) for i in indices]
     return tile(strips, max(1, 4 // panels), gap=0)
 
@@ -142,7 +143,7 @@ def read_all(source):
         raise InputError(f"{source}: no such picture or folder")
     files, left_out = [source], 0
     if source.is_dir():
-        with accessing(source, "cannot be read"):
+        with input_errors(source, "cannot be read"):
             visible = [file for file in source.iterdir() if not file.name.startswith(".")]
             # What does not exist is a link to nothing, which counts as a file that cannot be read.
             files = sorted(file for file in visible if file.is_file() or not file.exists())
@@ -166,14 +167,14 @@ def save(picture, out, number, file):
     """Write a picture of `file`, the one of that number in its set, into the folder `out`."""
     stem = os.fsencode(file.stem)[:200].decode(errors="ignore")  # a name may have 255 bytes, which may be no UTF-8
     path = Path(out) / f"{number:04d}_{stem}.jpg"
-    with writing(path, "choose another --out"):
+    with write_errors(path, "choose another --out"):
         picture.save(path, quality=92, subsampling=0)
 
 
 def draw_run(out, log, annotations, columns, autocast):
     """Write OUT/curve.png and OUT/sheet.jpg -> a line that names them. No run fails for a picture's sake.
 
-    `log` is the run's, open; `columns` are what is drawn beside the ground truth, as from `readings`.
+    `log` is the run's, open; `columns` are what is drawn beside the ground truth, as from `columns_of`.
     """
     try:
         log.seek(0)

@@ -1,0 +1,1 @@
+"""What surrounds the paper: settings, the run, processes, checkpoints, evaluation, drawings, export."""

@@ -1,0 +1,60 @@
+"""Tensors from files nobody vouches for, writing without a loss, and one run a folder."""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from ..data.errors import InputError, write_errors
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+
+def read_tensors(path):
+    """Whatever a PyTorch file holds, loaded without running its code. Raises InputError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused: not a file of plain tensors (damaged, or it carries code)") from None
+    except Exception as error:  # the unpickler answers damaged bytes with almost any exception
+        raise InputError(f"{path}: not a PyTorch file, or damaged ({type(error).__name__})") from None
+
+
+def write_tensors(path, content):
+    """Save to a file that is replaced in one step, so a crash or a full disk leaves the previous one whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); what stood there before is untouched") from None
+
+
+def open_locked(path):
+    """A run's file opened for appending, and locked until this process ends, however it ends.
+
+    Read it through what is returned only: opening and closing it once more in this process would release the lock.
+    Raises InputError if another process has it locked, or if it cannot be written. On Windows nothing is locked.
+    """
+    mend = "choose another --out"
+    with write_errors(path, mend):
+        file = open(path, "a+b")
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{path.parent}: in use by another run; {mend}") from None
+    return file

@@ -1,0 +1,61 @@
+"""A head's outputs -> detections: candidates, the best of each level, non-maximum suppression, the original's pixels."""
+
+from itertools import accumulate
+
+import torch
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from .heads import SCORE_THRESHOLD
+
+CANDIDATES_PER_LEVEL = 1000
+DETECTIONS_PER_IMAGE = 100
+
+
+def postprocess(head, outputs, levels, frames, originals, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
+    """A head and its outputs for N images -> one dict of detections per image, as `Detector.detect` gives them.
+
+    `levels` are the sizes [(h,w)] of the five maps, `frames` [(height, width)] those of the images in the pixels that
+    the boxes are predicted in, `originals` those of their files, in whose pixels the boxes are returned.
+    """
+    ends = list(accumulate(height * width * head.anchors for height, width in levels))
+    results = []
+    for number, (frame, original) in enumerate(zip(frames, originals)):
+        # Most locations have nothing: on a CPU only those whose best class is above the threshold are decoded. On a GPU
+        # the host would have to wait for their number, so all are.
+        likely = outputs["logits"][number].amax(-1).sigmoid() > SCORE_THRESHOLD
+        likely = torch.arange(len(likely), device=likely.device) if likely.is_cuda else likely.nonzero()[:, 0]
+        boxes, scores = head.decode({name: value[number, likely] for name, value in outputs.items()}, levels, likely)
+        # Candidates are pairs of a location and a class whose box has an area within the image.
+        height, width = frame
+        inside = clip_boxes_to_image(boxes, (height, width))
+        wanted = (inside[:, 2:] > inside[:, :2]).all(1, keepdim=True) & (scores >= threshold)
+        location, labels = (scores * wanted).nonzero(as_tuple=True)
+        scores = scores[location, labels]
+        # Of each level the best are kept.
+        if len(scores) > CANDIDATES_PER_LEVEL:
+            best = best_of_levels(scores, likely[location], ends)
+            location, labels, scores = location[best], labels[best], scores[best]
+        # Non-maximum suppression within each class. batched_nms moves the classes apart by offsets, which works only
+        # where no coordinate is negative.
+        boxes = boxes[location]
+        lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
+        keep = batched_nms(boxes - lowest, scores, labels, head.nms_threshold)[:max_detections]
+        # From the branch's frame to the original image's.
+        boxes = inside[location[keep]]
+        boxes[:, 0::2] *= original[1] / width
+        boxes[:, 1::2] *= original[0] / height
+        results.append({"boxes": boxes, "scores": scores[keep], "labels": labels[keep]})
+    return results
+
+
+def best_of_levels(scores, location, ends):
+    """Scores (S,) of candidates at locations (S,), ascending over all levels, which end at the locations `ends` -> the
+    indices of each level's best candidates. It waits for the device once, for how many there are on each level."""
+    counts = torch.stack([(location < end).sum() for end in ends]).tolist()
+    best = []
+    for first, end in zip([0, *counts], counts):
+        own = torch.arange(first, end, device=scores.device)
+        if len(own) > CANDIDATES_PER_LEVEL:
+            own = own[scores[own].topk(CANDIDATES_PER_LEVEL).indices]
+        best.append(own)
+    return torch.cat(best)
