@@ -5,12 +5,28 @@ as they are at width 1. A width w uses the first floor(w * C) channels of every 
 slimmable backbones are cut.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that halves with stride 2, and is right where PyTorch's is not: in bf16 on a CPU with AMX, with
+    stride 2 and a map of one or two columns, oneDNN reads memory that nobody wrote (NOTES, "Lessons learned"). There
+    two columns of zeros are added, as the padding would, and the columns that come of them are cut off."""
+
+    def __init__(self, in_channels, channels, stride=1, bias=False):
+        super().__init__(in_channels, channels, 3, stride, padding=1, bias=bias)
+
+    def forward(self, x):
+        width = x.shape[-1]
+        if x.dtype == torch.bfloat16 and not x.is_cuda and (torch.compiler.is_exporting() or width <= 2):
+            return super().forward(F.pad(x, (0, 2)))[..., : (width - 1) // self.stride[1] + 1]
+        return super().forward(x)
 
 
 class BasicBlock(nn.Module):
@@ -20,9 +36,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = Conv3x3(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = Conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, channels, stride)
@@ -43,7 +59,7 @@ class Bottleneck(nn.Module):
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.conv2 = Conv3x3(channels, channels, stride)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -108,9 +124,9 @@ class FPN(nn.Module):
         super().__init__()
         self.lateral = nn.ModuleDict({str(l): nn.Conv2d(in_channels[l - 2], channels, 1) for l in levels if l <= 5})
         self.output = nn.ModuleDict({str(l): nn.Conv2d(channels, channels, 3, padding=1) for l in levels if l <= 5})
-        self.p6 = nn.Conv2d(in_channels[-1], channels, 3, stride=2, padding=1)
+        self.p6 = Conv3x3(in_channels[-1], channels, stride=2, bias=True)
         if 7 in levels:
-            self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            self.p7 = Conv3x3(channels, channels, stride=2, bias=True)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)

@@ -1,12 +1,16 @@
 """ResNet against torchvision's, FPN against a direct computation."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from helpers import randomize
 
-from msad.backbone import FPN, LAYERS, ResNet, WIDTHS
+from msad import ModelConfig
+from msad.backbone import FPN, LAYERS, WIDTHS, Conv3x3, ResNet
+from msad.models import build
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -159,3 +163,35 @@ def test_levels_nobody_reads_are_neither_built_nor_computed(wanted, unread):
     assert {name for name, module in convs.items() if module.weight.grad is None} == unread
     own = FPN((4, 8, 12, 16), 8, wanted)
     assert {name.rsplit(".", 1)[0] for name, _ in own.named_parameters()} == convs.keys() - unread
+
+
+def spoil_free_memory():
+    """Leave large numbers in the memory that is handed out next."""
+    for power in range(8, 23):
+        torch.full((2**power,), 3e38, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+def test_halving_narrow_maps_in_bf16_reads_no_memory_that_nobody_wrote(channels):
+    layer = Conv3x3(channels, 64, stride=2, bias=True).to(memory_format=torch.channels_last)
+    for height, width in itertools.product((3, 9, 16), (1, 2, 3, 4)):
+        x = torch.randn(2, channels, height, width).bfloat16().contiguous(memory_format=torch.channels_last)
+        right = F.conv2d(x.float(), layer.weight, layer.bias, 2, 1)
+        spoil_free_memory()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+        torch.testing.assert_close(found.float(), right, rtol=0.02, atol=0.02)
+
+
+def test_narrow_pictures_give_the_same_maps_in_bf16_as_in_fp32():
+    config = ModelConfig("high", ({"id": 1, "name": "thing"},), backbone="resnet18", width=0.25, fpn_channels=256)
+    model = build(config).eval()
+    for height, width in ((64, 64), (576, 64), (640, 128)):
+        with torch.no_grad():
+            pixels = model.normalize(torch.rand(1, 3, height, width), [])
+            right = model.pyramids(pixels)["high"]
+            spoil_free_memory()
+            with torch.autocast("cpu", torch.bfloat16):
+                found = model.pyramids(pixels)["high"]
+        for map_found, map_right in zip(found, right):
+            assert (map_found.float() - map_right).abs().max() < 0.05 * map_right.abs().max()
