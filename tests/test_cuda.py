@@ -53,8 +53,8 @@ def step(kind, head, norm, device, rank=0, count=1):
     processes.set_training(model, norm)
     mine = slice(rank * len(COUNTS) // count, (rank + 1) * len(COUNTS) // count)
     images, boxes, labels = (batch[mine] for batch in random_batch(COUNTS))
-    _, outputs = network((images[:, :, ::2, ::2] if kind == "low" else images).to(device))
-    losses = model.losses(outputs, [b.to(device) for b in boxes], [l.to(device) for l in labels])
+    pyramids, outputs = network((images[:, :, ::2, ::2] if kind == "low" else images).to(device))
+    losses = model.losses(pyramids, outputs, [b.to(device) for b in boxes], [l.to(device) for l in labels])
     total(losses).backward()
     found = [{f"{b}/{k}": v for b, part in x.items() for k, v in part.items()} for x in (outputs, losses)]
     found.append({name: p.grad for name, p in model.named_parameters()})

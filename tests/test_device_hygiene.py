@@ -24,12 +24,12 @@ from folders import draw_rectangles
 from helpers import tiny_config, tiny_model
 from scripts import ROOT, TINY, call
 from test_readme import parse
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from msad import distillation, models
-from msad.data import annotations, dataset
+from msad import align, distillation, images, models
+from msad.data import annotations
 from msad.engine import checkpoint, processes, run
 from msad.data.dataset import Batch
 
@@ -90,17 +90,6 @@ def moved(module, device=None, memory_format=None):
     return module
 
 
-class Read:
-    """What stands for the values that a step reads from the device, in one go."""
-
-    def __init__(self, values):
-        assert values.device == CUDA and values.dim() == 1
-        self.count = len(values)
-
-    def tolist(self):
-        return [0.0] * self.count
-
-
 def batches(settings, low):
     """Batches without an end, as a loader gives them: on the CPU."""
     side = 64 if low else 128
@@ -110,7 +99,7 @@ def batches(settings, low):
         images = torch.empty(settings.batch, 3, side, side, dtype=torch.uint8)
         sizes = [(side, side - 9)] * settings.batch
         boxes, labels = torch.empty(sum(count), 4), torch.empty(sum(count), dtype=torch.long)
-        yield Batch(images, sizes, boxes, labels, count, list(range(settings.batch)), [""] * settings.batch)
+        yield Batch(images, sizes, boxes, labels, count, list(range(settings.batch)))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +125,7 @@ def steps(script, patch, out, *flags):
     def loader(dataset, multiple, settings, first, device):
         assert device == CUDA
         starts[0].copies.clear()  # those of the models
-        return batches(settings, bool(dataset.low))
+        return batches(settings, bool(dataset.downsample))
 
     def backward(loss):
         assert loss.device == CUDA and loss.requires_grad and loss.dim() == 0
@@ -148,9 +137,10 @@ def steps(script, patch, out, *flags):
         optimized.extend(model.parameters())
         return run.build_optimizer(model, settings)
 
-    def mean_over_processes(values):
-        reads.append(Read(values))
-        return reads[-1]
+    def to_list(values):
+        if values.device == CUDA:
+            reads.append(values)
+        return np.zeros(values.shape).tolist()
 
     def freeze(teacher):
         with _disable_current_modes():  # a copy of what was read is no fake
@@ -158,12 +148,12 @@ def steps(script, patch, out, *flags):
 
     original, after = distillation.freeze, run.Run.after
     fake_results = lambda *_: {branch: METRICS for branch in ("fused", "high", "low")}
-    patch.setattr(script, "start", start)
+    patch.setattr(script, "prepare", start)
     patch.setattr(script, "train_loader", loader)
     patch.setattr(script, "print_header", lambda *_: None)
     patch.setattr(torch.Tensor, "backward", backward)
     patch.setattr(script, "build_optimizer", build_optimizer)
-    patch.setattr(processes, "mean_over_processes", mean_over_processes)  # run's: heads have their own
+    patch.setattr(FakeTensor, "tolist", to_list)
     patch.setattr(run, "evaluate_all", fake_results)
     patch.setattr(run.Run, "save", lambda *_: None)
     patch.setattr(run.Run, "after", lambda *parts: after(*parts) or parts[1] == 1)
@@ -203,11 +193,10 @@ def test_detection_stays_on_the_device_until_its_boxes_are_chosen(monkeypatch, k
     """Network and decoding; which locations are decoded, and which boxes remain, depends on values."""
     decoded = []
 
-    def postprocess(model, outputs, branch, *_):
-        tensors = {name: value for name, value in outputs.items() if torch.is_tensor(value)}
-        assert {value.device for value in tensors.values()} == {CUDA}
+    def postprocess(model, pyramid, outputs, branch, *_):
+        assert {value.device for value in outputs.values()} == {CUDA}
         likely = torch.empty(7, dtype=torch.long, device=CUDA)
-        boxes, scores = model.head.decode(outputs | {k: v[0, :7] for k, v in tensors.items()}, likely)
+        boxes, scores = model.head.decode({k: v[0, :7] for k, v in outputs.items()}, align.map_sizes(pyramid), likely)
         assert boxes.shape == (7, 4) and scores.shape == (7, 3) and {boxes.device, scores.device} == {CUDA}
         decoded.append(branch)
 
@@ -235,7 +224,7 @@ def test_bytes_on_the_device_are_resized_where_pytorch_can(monkeypatch, size, lo
     monkeypatch.setattr(F, "interpolate", note)
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape, np.uint8))  # a fake one has none
     with fake_cuda(monkeypatch):
-        image = data.resize(torch.empty(3, 40, 60, dtype=torch.uint8, device=CUDA), size, low)
+        image = images.resize(torch.empty(3, 40, 60, dtype=torch.uint8, device=CUDA), size, low)
     half = 2 if low else 1
     assert image.device == CUDA and image.shape == (3, size[0] // half, size[1] // half)
     assert set(resized) <= {(torch.uint8, "cpu")} and (resized or size[0] == 40 or low == "area")  # that is Pillow's

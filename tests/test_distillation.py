@@ -92,7 +92,7 @@ def training_step(student, teacher):
     boxes, labels = [torch.tensor([[10.0, 10, 60, 50]])] * 2, [torch.tensor([1])] * 2
     fused = teacher.pyramids(high, ["fused"])["fused"]
     assert not any(m.requires_grad for m in fused)
-    loss = total(student.losses(outputs, boxes, labels)) + WEIGHT * pyramid_l1(pyramids["low"], fused)
+    loss = total(student.losses(pyramids, outputs, boxes, labels)) + WEIGHT * pyramid_l1(pyramids["low"], fused)
     loss.backward()
     optimizer.step()
 

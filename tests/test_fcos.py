@@ -163,7 +163,6 @@ def test_outputs_equal_the_layers_applied_one_by_one():
         close = lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         close(outputs["logits"][:, r], logits), close(outputs["distances"][:, r], distances)
         close(outputs["centerness"][:, r], centerness[:, 0])
-    assert outputs["sizes"] == SIZES
 
 
 def test_decoding_by_hand():
@@ -177,7 +176,7 @@ def test_decoding_by_hand():
         "centerness": torch.tensor([[logit(c) for c in centerness]]),
         "distances": torch.tensor([distances]),
     }
-    boxes, scores = new_head().decode(outputs | {"sizes": sizes}, slice(None))
+    boxes, scores = new_head().decode(outputs, sizes, slice(None))
     # Locations (4,4) and (12,4) of stride 8, then (8,8), (16,16), (32,32), (64,64) of 16, 32, 64, 128.
     assert boxes[0].tolist() == [
         [4 - 8, 4 - 16, 4 + 24, 4 + 32], [12, 4, 20, 12], [0, 0, 16, 16],
@@ -188,7 +187,7 @@ def test_decoding_by_hand():
     torch.testing.assert_close(scores[0], torch.tensor(expected), rtol=1e-4, atol=1e-7)
     assert (scores[0] > 0).int().tolist() == [[1, 0], [1, 0], [0, 1], [0, 0], [1, 1], [1, 1]]
     some = torch.tensor([False, True, False, False, True, True])
-    part = new_head().decode({name: x[0, some] for name, x in outputs.items()} | {"sizes": sizes}, some)
+    part = new_head().decode({name: x[0, some] for name, x in outputs.items()}, sizes, some)
     assert part[0].equal(boxes[0, some]) and part[1].equal(scores[0, some])
 
 
@@ -272,11 +271,19 @@ def random_targets_and_outputs(count):
     return labels, distances, outputs
 
 
+def complete(labels, distances):
+    """The targets that follow from labels (N,R) and distances (N,R,4)."""
+    objects = (labels < CLASSES).float()
+    centerness = torch.tensor([[centerness_by_formula(*d) for d in row] for row in distances.tolist()]) * objects
+    totals = torch.stack([objects.sum(), centerness.sum()])
+    return dict(labels=labels, distances=distances, objects=objects, centerness=centerness, totals=totals)
+
+
 def test_losses_equal_the_formulas():
     labels, distances, outputs = random_targets_and_outputs(3)
     labels[1], distances[1] = CLASSES, 1.0  # an image without a box among others
     head = new_head()
-    found = head.losses(outputs, head.complete(labels, distances))
+    found = head.losses(outputs, complete(labels, distances))
 
     labels, wanted = labels.flatten().tolist(), distances.reshape(-1, 4).tolist()
     logits, predicted = outputs["logits"].reshape(-1, CLASSES).tolist(), outputs["distances"].reshape(-1, 4).tolist()
@@ -294,7 +301,7 @@ def test_losses_equal_the_formulas():
 def test_losses_of_one_positive_by_hand():
     """The box loss is a mean weighted by centerness, here 1/3: the weight of a single location does not count."""
     head = new_head()
-    targets = head.complete(torch.tensor([[1, CLASSES]]), torch.tensor([[[1.0, 1, 3, 3], [1, 1, 1, 1]]]))
+    targets = complete(torch.tensor([[1, CLASSES]]), torch.tensor([[[1.0, 1, 3, 3], [1, 1, 1, 1]]]))
     outputs = {"distances": torch.tensor([[[1.0, 1, 1, 1], [9, 9, 9, 9]]]), "centerness": torch.zeros(1, 2)}
     losses = head.losses(outputs | {"logits": torch.zeros(1, 2, CLASSES)}, targets)
     # A square of side 2 in one of side 4, and in their hull, which is the larger one.

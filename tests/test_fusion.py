@@ -106,7 +106,7 @@ def test_the_teacher_detects_from_the_fused_pyramid_alone():
     model = tiny_model("teacher")
     image = torch.rand(3, 128, 192)
     fused = model.pyramids(model.normalize(image[None], [(128, 192)]))["fused"]
-    expected = model.postprocess(model.head(fused), "fused", [(128, 192)], [(128, 192)])[0]
+    expected = model.postprocess(fused, model.head(fused), "fused", [(128, 192)], [(128, 192)])[0]
     seen = []
     model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     (found,) = model.detect([image], resize=False)
@@ -122,8 +122,8 @@ def test_the_teacher_detects_from_the_fused_pyramid_alone():
 def test_every_branch_of_the_teacher_is_trained_on_the_same_targets_in_high_pixels():
     model = tiny_model("teacher")
     with torch.no_grad():
-        _, outputs = model(torch.randn(2, 3, 128, 128))
-        losses = model.losses(outputs, BOXES, LABELS)
+        pyramids, outputs = model(torch.randn(2, 3, 128, 128))
+        losses = model.losses(pyramids, outputs, BOXES, LABELS)
         assert losses.keys() == LOSS_WEIGHTS.keys() == set(model.branches)
         targets = model.head.assign([(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)], BOXES, LABELS)
         assert (targets["labels"] < 3).sum() > 0

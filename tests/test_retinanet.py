@@ -15,6 +15,7 @@ from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from msad import align
 from msad.models import build
+from msad.postprocess import postprocess
 from msad.retinanet import RetinaNetHead
 
 SIZES = [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]  # of a 64x128 image
@@ -130,7 +131,8 @@ def test_losses_are_torchvisions_over_the_whole_batch(seed):
 def test_losses_by_hand():
     """One positive, one ignored, one background anchor; three classes; probability 1/2 everywhere."""
     head = make_head()
-    targets = head.complete(torch.tensor([[0, -1, CLASSES]]), torch.zeros(1, 3, 4))
+    labels, objects = torch.tensor([[0, -1, CLASSES]]), torch.tensor([[1.0, 0, 0]])
+    targets = {"labels": labels, "deltas": torch.zeros(1, 3, 4), "objects": objects, "totals": torch.ones(1)}
     deltas = torch.tensor([[[0.05, -0.1, 0.5, 0.0], [9.0] * 4, [9.0] * 4]])
     losses = head.losses({"logits": torch.zeros(1, 3, CLASSES), "deltas": deltas}, targets)
     # (1/2)^2 ln 2, weighted by 1/4 for the one true class and 3/4 for the five false ones.
@@ -177,11 +179,11 @@ def test_decoding_is_torchvisions_with_scores_above_the_threshold():
     anchors = head.anchor_boxes(SIZES, CPU)
     logits, deltas = 3 * torch.randn(2, len(anchors), CLASSES), 3 * torch.randn(2, len(anchors), 4)
     assert (deltas[..., 2:] > math.log(1000 / 16)).any()  # some reach the largest ratio
-    boxes, scores = head.decode({"logits": logits, "deltas": deltas, "sizes": SIZES}, slice(None))
+    boxes, scores = head.decode({"logits": logits, "deltas": deltas}, SIZES, slice(None))
     torch.testing.assert_close(boxes, CODER.decode(deltas, [anchors, anchors]).view(2, -1, 4))
     assert torch.equal(scores, F.threshold(logits.sigmoid(), 0.05, 0.0)) and (scores == 0).any() and (scores > 0).any()
     some = torch.rand(len(anchors)) < 0.1
-    part = head.decode({"logits": logits[1, some], "deltas": deltas[1, some], "sizes": SIZES}, some)
+    part = head.decode({"logits": logits[1, some], "deltas": deltas[1, some]}, SIZES, some)
     assert part[0].equal(boxes[1, some]) and part[1].equal(scores[1, some])
 
 
@@ -191,8 +193,8 @@ def test_decoding_the_targets_gives_the_boxes_back():
     model = build(tiny_config("high", head="retinanet"))
     targets = model.head.assign(SIZES, [boxes], [torch.arange(CLASSES)])
     logits = torch.where(targets["labels"][..., None] == torch.arange(CLASSES), 5.0, -9.0)
-    outputs = {"logits": logits, "deltas": targets["deltas"], "sizes": SIZES}
-    (found,) = model.postprocess(outputs, "high", [(64, 128)], [(64, 128)])
+    outputs = {"logits": logits, "deltas": targets["deltas"]}
+    (found,) = postprocess(model.head, outputs, SIZES, [(64, 128)], [(64, 128)])
     order = found["labels"].argsort()
     assert found["labels"][order].tolist() == [0, 1, 2]
     torch.testing.assert_close(found["boxes"][order], boxes, rtol=0, atol=1e-3)
