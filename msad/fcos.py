@@ -61,7 +61,7 @@ class FCOSHead(nn.Module):
             distances.append(F.relu(heads.flatten_cells(self.box_pred(box), 4).float() * self.scales[level]))
             centerness.append(heads.flatten_cells(self.centerness(box), 1))
         return {
-            "logits": torch.cat(logits, 1).float(),
+            "logits": torch.cat(logits, 1),  # in bf16 where the network is: there may be hundreds of millions
             "distances": torch.cat(distances, 1),
             "centerness": torch.cat(centerness, 1).float().squeeze(-1),
         }
@@ -135,7 +135,7 @@ class FCOSHead(nn.Module):
         in H's pixels and scores (...,S,K), zero where the class is below the threshold."""
         points, strides = (x[where] for x in self.locations(sizes, outputs["distances"].device))
         boxes = heads.distances_to_boxes(points, outputs["distances"] * strides[:, None])
-        probability = outputs["logits"].sigmoid()
+        probability = outputs["logits"].float().sigmoid()
         scores = (probability * outputs["centerness"].sigmoid()[..., None]).sqrt()
         return boxes, torch.where(probability > heads.SCORE_THRESHOLD, scores, 0.0)
 

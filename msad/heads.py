@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert
 
 SCORE_THRESHOLD = 0.05  # of a class's probability, below which a location cannot become a detection
@@ -78,19 +77,43 @@ def focal_loss(logits, labels):
     correction at the few logits of an object: the same sum, and no targets as large as the logits are needed.
     """
     classes = logits.shape[-1]
-    if logits.is_cuda:  # computed again in the backward pass, where three copies of the logits would wait for it
-        absent = checkpoint(loss_of_absent, logits, use_reentrant=False, preserve_rng_state=False)
-    else:
-        absent = loss_of_absent(logits)
-    everywhere = (absent.sum(-1) * (labels >= 0)).sum()
-    own = logits.gather(-1, labels.clamp(0, classes - 1)[..., None]).squeeze(-1)
+    absent = AbsentLoss.apply(logits) if logits.is_cuda else loss_of_absent(full(logits)).sum(-1)
+    everywhere = (absent * (labels >= 0)).sum()
+    own = full(logits.gather(-1, labels.clamp(0, classes - 1)[..., None]).squeeze(-1))
     present = ALPHA * (1 - own.sigmoid()) ** 2 * F.softplus(-own)
     return everywhere + ((present - loss_of_absent(own)) * find_objects(labels, classes)).sum()
+
+
+def full(logits):
+    """Logits at float32, if they are in bf16."""
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
 def loss_of_absent(logits):
     """The focal loss of classes that are not there."""
     return (1 - ALPHA) * logits.sigmoid() ** 2 * F.softplus(logits)
+
+
+class AbsentLoss(torch.autograd.Function):
+    """`loss_of_absent` of logits (N,R,K), summed over the classes: (N,R). For CUDA, where the many steps of autograd
+    over logits of this size are slow, and the float32 copies that it keeps fill the memory: here the gradient is in
+    closed form, one image after the other, and nothing but the logits is kept."""
+
+    @staticmethod
+    def forward(context, logits):
+        context.save_for_backward(logits)
+        return torch.stack([loss_of_absent(full(image)).sum(-1) for image in logits])
+
+    @staticmethod
+    def backward(context, gradient):
+        (logits,) = context.saved_tensors
+        result = torch.empty_like(logits)
+        for image, above, out in zip(logits, gradient, result):
+            x = full(image)
+            p = x.sigmoid()
+            # The derivatives of p^2 and of softplus are 2 p^2 (1 - p) and p.
+            out.copy_((1 - ALPHA) * p**2 * (2 * (1 - p) * F.softplus(x) + p) * above[:, None])
+        return result
 
 
 def distances_to_boxes(points, distances):

@@ -22,7 +22,7 @@ def postprocess(head, outputs, levels, frames, originals, threshold=0.0, max_det
     for number, (frame, original) in enumerate(zip(frames, originals)):
         # Most locations have nothing: on a CPU only those whose best class is above the threshold are decoded. On a GPU
         # the host would have to wait for their number, so all are.
-        likely = outputs["logits"][number].amax(-1).sigmoid() > SCORE_THRESHOLD
+        likely = outputs["logits"][number].amax(-1).float().sigmoid() > SCORE_THRESHOLD
         likely = torch.arange(len(likely), device=likely.device) if likely.is_cuda else likely.nonzero()[:, 0]
         boxes, scores = head.decode({name: value[number, likely] for name, value in outputs.items()}, levels, likely)
         # Candidates are pairs of a location and a class whose box has an area within the image.

@@ -47,7 +47,7 @@ class RetinaNetHead(nn.Module):
         """Five maps (N,C,h,w) -> {"logits": (N,R,K), "deltas": (N,R,4) from the anchors, see heads.boxes_to_deltas}."""
         logits = [heads.flatten_cells(self.cls_logits(self.cls_tower(x)), self.classes) for x in pyramid]
         deltas = [heads.flatten_cells(self.box_pred(self.box_tower(x)), 4) for x in pyramid]
-        return {"logits": torch.cat(logits, 1).float(), "deltas": torch.cat(deltas, 1).float()}
+        return {"logits": torch.cat(logits, 1), "deltas": torch.cat(deltas, 1).float()}
 
     @torch.no_grad()
     def assign(self, sizes, boxes, labels):
@@ -90,7 +90,7 @@ class RetinaNetHead(nn.Module):
         H's pixels and scores (...,S,K), zero where the class is below the threshold."""
         anchors = self.anchor_boxes(sizes, outputs["deltas"].device)[where]
         boxes = heads.deltas_to_boxes(anchors, outputs["deltas"])
-        return boxes, F.threshold_(outputs["logits"].sigmoid(), heads.SCORE_THRESHOLD, 0.0)
+        return boxes, F.threshold_(outputs["logits"].float().sigmoid(), heads.SCORE_THRESHOLD, 0.0)
 
     def anchor_boxes(self, sizes, device):
         """All anchors (R,4) in H's pixels, around the upper left corners of the cells."""

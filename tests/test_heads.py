@@ -9,7 +9,7 @@ from helpers import randomize, tiny_config, total
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from msad.heads import GroupNorm
+from msad.heads import AbsentLoss, GroupNorm
 from msad.models import HEADS, build
 
 SIZE = (64, 128)  # of the high-resolution input
@@ -161,3 +161,16 @@ def test_the_layout_in_which_a_norm_is_computed_changes_nothing(channels):
         found, expected = norm(x), plain(x)
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 2**-8)])
+def test_the_loss_of_absent_classes_and_its_gradient_in_closed_form(dtype, tolerance):
+    logits = (4 * torch.randn(3, 50, 7)).to(dtype).requires_grad_()
+    above = torch.rand(3, 50, dtype=torch.float64)
+    found = AbsentLoss.apply(logits)
+    (found.double() * above).sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = (0.75 * exact.sigmoid() ** 2 * -(1 - exact.sigmoid()).log()).sum(-1)
+    (expected * above).sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6 if tolerance > 1e-6 else tolerance, atol=0.0)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=tolerance, atol=1e-9)
