@@ -32,13 +32,14 @@ print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "devi
 parts() {  # in how many a batch of 16 is computed on this card
     python -c 'import torch
 memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-print(1 if memory > 39 else 2 if memory > 22 else 4 if memory > 11 else 8)'
+parts = 1 if memory > 39 else 2 if memory > 22 else 4 if memory > 11 else 8
+print(parts if torch.cuda.is_bf16_supported(including_emulation=False) else 2 * parts)'
 }
 
 everything() {
     machine
     run 240 python -m pytest -q -rs -p no:cacheprovider "$repo/tests/test_cuda.py" "$repo/tests/test_device_hygiene.py"
-    run 360 python "$repo/tests/benchmark.py" --device cuda
+    run 360 python "$repo/.github/benchmark/benchmark.py" --device cuda
     run 210 python "$repo/train.py" --res multi --device cuda --out "$runs/teacher"
     run 150 python "$repo/distill.py" --teacher "$runs/teacher/last.pt" --device cuda --out "$runs/student"
     run 60 python "$repo/evaluate.py" --ckpt "$runs/student/last.pt" --device cuda --draw

@@ -1,4 +1,4 @@
-"""Training steps and inference for tests/benchmark.py: ours and torchvision's, as functions to time.
+"""Training steps and inference for benchmark.py: ours and torchvision's, as functions to time.
 
 Run as a script, with "ours" or "peer": prints the megabytes that a step of that one takes at its peak.
 """
@@ -17,15 +17,15 @@ import torchvision
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from msad import align, distillation, models
 from msad.engine import processes
-from msad.images import pad_to_multiple
-from msad.fusion import LOSS_WEIGHTS
-from msad.models import ModelConfig
 from msad.engine.run import build_optimizer, check_finite, set_learning_rate
 from msad.engine.settings import COCO
+from msad.fusion import LOSS_WEIGHTS
+from msad.images import pad_to_multiple
+from msad.models import ModelConfig
 
 HEIGHT, WIDTH, DEVICE = 512, 768, torch.device("cpu")  # benchmark_cuda.py sets its own
 CLASSES = tuple({"id": k + 1, "name": str(k)} for k in range(80))
@@ -76,8 +76,8 @@ def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
 
     def step(read=True):
         with autocast:
-            _, outputs = model(model.normalize(padded, sizes))
-        losses = model.losses(outputs, boxes, labels)
+            pyramids, outputs = model(model.normalize(padded, sizes))
+        losses = model.losses(pyramids, outputs, boxes, labels)
         update(sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values()), read)
 
     return step
@@ -97,7 +97,7 @@ def our_distillation(head="fcos", batch=2, precision="fp32"):
         high = student.normalize(padded, sizes)
         with autocast:
             pyramids, outputs = student(align.downsample(high))
-        losses = student.losses(outputs, boxes, labels)
+        losses = student.losses(pyramids, outputs, boxes, labels)
         with torch.no_grad(), autocast:
             fused = teacher.pyramids(high, ["fused"])["fused"]
         distance = distillation.pyramid_l1(pyramids["low"], fused)
@@ -189,15 +189,16 @@ def postprocessing(head):
     model = models.build(config("low", head=head)).folded()
     images, boxes, labels = pictures(1, low=True)
     with torch.inference_mode():
-        outputs = model.predict(model.pyramids(model.normalize(images, [images.shape[-2:]])))["low"]
-        targets = model.head.assign(outputs["sizes"], boxes, labels)
+        pyramids = model.pyramids(model.normalize(images, [images.shape[-2:]]))
+        outputs = model.predict(pyramids)["low"]
+        targets = model.head.assign(align.map_sizes(pyramids["low"]), boxes, labels)
         found = (targets["labels"] >= 0) & (targets["labels"] < len(CLASSES))
         outputs["logits"].fill_(-6.0)
         outputs["logits"][found, targets["labels"][found]] = 2.0
         regressed = "distances" if head == "fcos" else "deltas"
         outputs[regressed] = targets[regressed]
     sizes = [tuple(images.shape[-2:])]
-    finish = torch.inference_mode()(lambda: model.postprocess(outputs, "low", sizes, [(HEIGHT, WIDTH)]))
+    finish = torch.inference_mode()(lambda: model.postprocess(pyramids["low"], outputs, "low", sizes, [(HEIGHT, WIDTH)]))
     assert len(finish()[0]["scores"]) > 50
     return median(finish), median(our_inference(head=head))
 

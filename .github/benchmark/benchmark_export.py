@@ -1,4 +1,4 @@
-"""Milliseconds an exported student takes for a picture on this CPU: python tests/benchmark.py --only export
+"""Milliseconds an exported student takes for a picture on this CPU: benchmark.py --only export
 
 The student reads 400x672, ResNet-50, 80 classes, FCOS; slim is 128 channels in the head instead of 256. Its peer is
 torchvision's FCOS, eager, in fp32, at 800x1344. All forms of the network are measured in turns with it, from 8-bit pixels

@@ -1,10 +1,11 @@
-"""Training steps and single images beside torchvision's on the same device: python tests/benchmark.py --device cuda
+"""Training steps and single images beside torchvision's on one device: .github/benchmark/benchmark.py --device cuda
 
-ResNet-50, 80 classes, bf16, pictures of 800x1333 that lie on the device already, all layers training. "ms" is the
-median time of a call until the device has done all of it, "host" the time in which the host has asked for it: where
-both are equal, the host is what limits. For "host" a training step leaves out the look at its numbers. "GiB" is
-PyTorch's peak of memory allocated, and reserved. "TFLOP/s" counts a multiply-accumulate of convolutions and matrix
-products as two. "ratio" is ms to those of torchvision's detector of one high resolution with the same head and batch.
+ResNet-50, 80 classes, bf16 (fp32 where a device would imitate it), pictures of 800x1333 that lie on the device already,
+all layers training. "ms" is the median time of a call until the device has done all of it, "host" the time in which the
+host has asked for it: where both are equal, the host is what limits. For "host" a training step leaves out the look at
+its numbers. "GiB" is PyTorch's peak of memory allocated, and reserved. "TFLOP/s" counts a multiply-accumulate of
+convolutions and matrix products as two. "ratio" is ms to those of torchvision's detector of one high resolution with
+the same head and batch. A row that fails, for want of memory say, tells why, and the others go on.
 """
 
 import statistics
@@ -33,12 +34,12 @@ class Row(NamedTuple):
     reads: bool = False  # a training step of ours, which can leave out the look at its numbers
 
 
-def rows(batches):
+def rows(batches, precision):
     """All rows; a peer stands before what is compared with it."""
     found = []
     for batch in batches:
         for title, head in HEADS.items():
-            group, details = f"{title} x{batch}", {"head": head, "batch": batch, "precision": "bf16"}
+            group, details = f"{title} x{batch}", {"head": head, "batch": batch, "precision": precision}
             one, teacher = (partial(net.our_step, kind, **details) for kind in ("high", "teacher"))
             student = partial(net.our_distillation, **details)
             found += [
@@ -48,9 +49,9 @@ def rows(batches):
                 Row(f"{group}: student", batch, student, group, reads=True),
             ]
     for title, head in HEADS.items():
-        group, ours = f"{title}, an image", partial(net.our_inference, "bf16", head=head)
+        group, ours = f"{title}, an image", partial(net.our_inference, precision, head=head)
         found += [
-            Row(f"{group}: torchvision", 1, partial(net.peer_inference, head, "bf16"), group, peer=True),
+            Row(f"{group}: torchvision", 1, partial(net.peer_inference, head, precision), group, peer=True),
             Row(f"{group}: student", 1, ours, group, 0.6),
             Row(f"{group}: slim student", 1, partial(ours, head_channels=128), group),
             Row(f"{group}: student, network", 1, partial(ours, network=True), group),
@@ -106,16 +107,19 @@ def show(row, found, ratio):
 def main(device, size, batches, only, runs):
     """Print all rows whose name contains `only` -> them, as a list of dicts."""
     net.DEVICE, (net.HEIGHT, net.WIDTH) = processes.init_device(device), size
-    print(f"torch {torch.__version__}, {processes.describe(net.DEVICE)}, {size[0]}x{size[1]}, bf16")
+    precision = processes.native_precision(net.DEVICE)
+    print(f"torch {torch.__version__}, {processes.describe(net.DEVICE)}, {size[0]}x{size[1]}, {precision}")
     print(f"{'':38} images/s       ms     host  TFLOP/s    GiB   res.  ratio  limit")
     results, peers = [], {}
-    for row in rows(batches):
+    for row in rows(batches, precision):
         if only not in row.name:
             continue
         try:
             found = measure(row, runs)
-        except torch.OutOfMemoryError:
-            print(f"{row.name:38} out of memory", flush=True)
+        except RuntimeError as error:  # out of memory, or cuDNN's and cuBLAS's ways to say so: the others go on
+            reason = str(error).splitlines()[0]
+            print(f"{row.name:38} {reason}", flush=True)
+            results.append({"name": row.name, "error": reason})
             continue
         if row.peer:
             peers[row.group] = found["ms"]

@@ -1,4 +1,6 @@
-"""How fast this is beside its peers at the same work: python tests/benchmark.py [--json FILE] [--only TEXT] [--runs N]
+"""How fast this is beside its peers at the same work.
+
+    python .github/benchmark/benchmark.py [--json FILE] [--only TEXT] [--runs N]
 
 Every row measures ours and its peer in turn in one process and compares medians; peers of training and inference are
 torchvision's detectors. ResNet-50, 256 channels, 80 classes, 512x768, all layers training, batches of 2 in training and
@@ -53,7 +55,7 @@ ROWS = (
     Row("s of assignment, RetinaNet / training step", 0.03, partial(net.assignment, "retinanet")),
     Row("s of post-processing, FCOS / inference", 0.03, partial(net.postprocessing, "fcos")),
     Row("s of post-processing, RetinaNet / inference", 0.03, partial(net.postprocessing, "retinanet")),
-    Row("ms from JPEG to 800x1066 / decoding", 4.0, partial(data.jpeg, "")),
+    Row("ms from JPEG to 800x1066 / decoding", 4.0, partial(data.jpeg, None)),
     Row("ms from JPEG to 400x533 / decoding", 2.0, partial(data.jpeg, "area")),
     Row("s to read COCO's annotations / json.load", 1.5, data.reading_annotations),
     Row("MB of its own a worker adds / 50", 1.0, data.memory_of_a_worker),

@@ -1,7 +1,6 @@
-"""Reading pictures and annotations, for tests/benchmark.py: ours and the plain way, as pairs of numbers."""
+"""Reading pictures and annotations, for benchmark.py: ours and the plain way, as pairs of numbers."""
 
 import gc
-import io
 import json
 import os
 import random
@@ -14,7 +13,9 @@ from benchmark_networks import CLASSES, config, median
 from PIL import Image
 
 from msad import models
-from msad.data import annotations, dataset
+from msad.data import annotations
+from msad.data.reading import read_image
+from msad.images import fitted_size, resize
 
 THREADS = torch.get_num_threads()
 
@@ -31,14 +32,12 @@ def jpeg(low):
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480))
     noisy = (np.asarray(smooth) + rng.normal(0, 14, (480, 640, 1))).clip(0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noisy).save(file, "JPEG", quality=90)
-
-    def ours():
-        return data.resize(dataset.read_image(io.BytesIO(file.getvalue())), data.fitted_size(480, 640, 800, 1333), low)
-
-    assert tuple(ours().shape) == ((3, 400, 533) if low else (3, 800, 1066)) and ours().dtype == torch.uint8
-    times = [median(ours, 40), median(lambda: Image.open(io.BytesIO(file.getvalue())).load(), 40)]
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "noisy.jpg"
+        Image.fromarray(noisy).save(path, quality=90)
+        ours = lambda: resize(read_image(path), fitted_size(480, 640, 800, 1333), low)
+        assert tuple(ours().shape) == ((3, 400, 533) if low else (3, 800, 1066)) and ours().dtype == torch.uint8
+        times = [median(ours, 40), median(lambda: Image.open(path).load(), 40)]
     torch.set_num_threads(THREADS)
     return [1000 * t for t in times]
 
