@@ -64,7 +64,7 @@ def main():
     layout = processes.training_layout(device, settings.precision)
     network = processes.parallel(student.to(device, memory_format=layout), settings.norm)
     optimizer = build_optimizer(student, settings)
-    teacher = distillation.freeze(teacher).to(device)
+    teacher = distillation.freeze(teacher, settings.precision).to(device)
 
     log = open_folder(out, resume)
     print_header(settings, student, train, val, device, out)

@@ -51,9 +51,10 @@ def ramp(iteration, length=RAMP):
     return min(1.0, iteration / length) if length else 1.0
 
 
-def freeze(teacher):
-    """A teacher as a constant: no gradients, eval mode, BatchNorm folded into the convolutions."""
-    return teacher.folded().requires_grad_(False)
+def freeze(teacher, precision="fp32"):
+    """A teacher as a constant: no gradients, eval mode, BatchNorm folded into the convolutions. `precision` is that at
+    which it will run, "fp32" or "bf16", as in Detector.folded."""
+    return teacher.folded(precision).requires_grad_(False)
 
 
 def checksum(teacher):

@@ -165,6 +165,16 @@ def test_folding_batchnorm_changes_nothing_but_the_work(kind, backbone):
             torch.testing.assert_close(outputs[branch][key], expected_outputs[branch][key], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_weights_cast_once_give_what_autocast_gives_to_the_bit(head):
+    model = tiny_model("teacher", head=head)
+    images = torch.randn(2, 3, 128, 192)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (pyramids, outputs), (expected, expected_outputs) = model.folded("bf16")(images), model.folded()(images)
+    assert all(found.equal(wanted) for found, wanted in zip(pyramids["fused"], expected["fused"], strict=True))
+    assert all(outputs["fused"][name].equal(value) for name, value in expected_outputs["fused"].items())
+
+
 class CenterHead(nn.Module):
     """Finds an object at the cell of its centre, on the finest level only."""
 
