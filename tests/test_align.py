@@ -6,7 +6,6 @@ from helpers import tiny_model
 
 from msad import align
 
-ALL_SIDES = range(64, 1401)
 GOOD_SIDES = range(64, 1401, 64)
 
 
@@ -31,22 +30,16 @@ def meta_teacher():
     return tiny_model("teacher").to("meta")
 
 
-def test_high_reads_p3_to_p7_and_low_p2_to_p6():
-    assert align.LEVELS["high"] == (3, 4, 5, 6, 7)
-    assert align.LEVELS["low"] == (2, 3, 4, 5, 6)
-
-
-@pytest.mark.parametrize("side", ALL_SIDES[::100])
-def test_the_size_formula_is_the_networks(meta_teacher, side):
-    features = meta_teacher.backbone(torch.empty(1, 3, side, side, device="meta"))
-    assert [m.shape[-1] for m in features] == [map_sides(side)[level] for level in (2, 3, 4, 5)]
-    p6 = meta_teacher.fpn.p6(features[-1])
-    assert [p6.shape[-1], meta_teacher.fpn.p7(p6).shape[-1]] == [map_sides(side)[6], map_sides(side)[7]]
+@pytest.mark.parametrize("side", (1, 63, 65, 96, 1366))
+def test_every_other_side_is_an_error(side):
+    for size in ((side, 128), (128, side)):
+        for refuse in (tiny_model("teacher").pyramids, align.downsample):
+            with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}.*multiples of 64"):
+                refuse(torch.zeros(1, 3, *size))
 
 
 def test_allowed_sides_give_maps_of_the_same_size():
     for side in GOOD_SIDES:
-        align.check_sides(side, 64), align.check_sides(64, side)
         high = [map_sides(side)[level] for level in align.LEVELS["high"]]
         low = [map_sides(side // 2)[level] for level in align.LEVELS["low"]]
         assert high == low
@@ -55,7 +48,7 @@ def test_allowed_sides_give_maps_of_the_same_size():
         assert [0 <= h * s - side < s for h, s in zip(high[3:], (64, 128))] == [True, True]
 
 
-@pytest.mark.parametrize("side", GOOD_SIDES)
+@pytest.mark.parametrize("side", GOOD_SIDES[::4])
 def test_the_networks_two_pyramids_agree_at_allowed_sides(meta_teacher, side):
     pyramids = meta_teacher.pyramids(torch.empty(1, 3, side, 1408 - side, device="meta"))
     shapes = {branch: [tuple(m.shape) for m in maps] for branch, maps in pyramids.items()}
@@ -64,30 +57,13 @@ def test_the_networks_two_pyramids_agree_at_allowed_sides(meta_teacher, side):
     assert shapes["high"] == shapes["low"] == shapes["fused"] == expected
 
 
-def test_every_other_side_is_an_error():
-    others = [side for side in ALL_SIDES if side not in set(GOOD_SIDES)]
-    for side in others:
-        for size in ((side, 128), (128, side)):
-            with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}.*multiples of 64"):
-                align.check_sides(*size)
-            with pytest.raises(ValueError):
-                align.downsample(torch.empty(1, 3, *size, device="meta"))
-    assert len(others) == 1337 - 21
-
-
-def test_the_teacher_refuses_sizes_that_do_not_align():
-    with pytest.raises(ValueError, match="multiples of 64"):
-        tiny_model("teacher").pyramids(torch.zeros(1, 3, 96, 128))
-
-
 def test_the_low_branchs_strides_seen_from_high_pixels_are_the_high_branchs():
     for level, stride in enumerate(align.STRIDES):
         high, low = align.LEVELS["high"][level], align.LEVELS["low"][level]
         assert stride == 2**high == 2 * 2**low
 
 
-@pytest.mark.parametrize("place", [(0.25, 0.25), (0.5, 0.75)])
-def test_a_cell_of_either_branch_looks_at_the_same_place_of_the_image(place):
+def test_a_cell_of_either_branch_looks_at_the_same_place_of_the_image():
     model = tiny_model("teacher")
     for module in model.modules():  # averages everywhere, so that what a cell looks at has a centre
         if isinstance(module, torch.nn.Conv2d):
@@ -97,8 +73,8 @@ def test_a_cell_of_either_branch_looks_at_the_same_place_of_the_image(place):
     image = torch.rand(1, 3, 256, 512, requires_grad=True)
     pyramids = model.pyramids(image, ("high", "low"))
     for level, stride in enumerate(align.STRIDES[:3]):
-        y, x = 256 * place[0], 512 * place[1]
-        cell = int(y / stride), int(x / stride)
+        y, x = 128, 384
+        cell = y // stride, x // stride
         for branch in ("high", "low"):
             value = pyramids[branch][level][0, :, *cell].sum()
             (weight,) = torch.autograd.grad(value, image, retain_graph=True)
@@ -117,23 +93,8 @@ def test_cells_equal_a_loop():
                 expected.append((column * stride, row * stride, stride))
     corners, strides = align.cells(sizes)
     assert torch.cat([corners, strides[:, None]], 1).tolist() == [list(map(float, cell)) for cell in expected]
-
-
-def test_cells_want_five_levels():
-    with pytest.raises(ValueError):
-        align.cells([(4, 4)] * 4)
-
-
-@pytest.mark.parametrize("mode", ["area", "nearest"])
-def test_downsample_by_hand(mode):
-    torch.manual_seed(0)
-    high = torch.rand(2, 3, 64, 128, dtype=torch.float64)
-    low = align.downsample(high, mode)
-    assert low.shape == (2, 3, 32, 64)
-    for n, c, y, x in [(0, 0, 0, 0), (1, 2, 31, 63), (0, 1, 7, 40), (1, 0, 20, 3)]:
-        square = [high[n, c, 2 * y + i, 2 * x + j].item() for i in (0, 1) for j in (0, 1)]
-        expected = sum(square) / 4 if mode == "area" else square[0]
-        assert low[n, c, y, x].item() == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError):  # of any other number of levels
+        align.cells(sizes[:4])
 
 
 def test_area_is_the_default_and_the_models_setting_decides():

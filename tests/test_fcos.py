@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import randomize
 
-from msad.fcos import FCOSHead, centerness_target
+from msad.fcos import FCOSHead
 from msad.heads import focal_loss, giou_loss
 
 CLASSES = 3
@@ -80,31 +80,20 @@ def random_box(draw):
 def test_assignment_equals_a_loop_over_locations_and_boxes(object_scale):
     draw = random.Random(object_scale)
     positives = [0] * 5
-    for _ in range(150):
-        boxes = [random_box(draw) for _ in range(draw.choice((0, 1, 2, 4, 8)))]
+    for count in (300, *[draw.choice((0, 1, 2, 4, 8)) for _ in range(80)]):  # one is crowded
+        boxes = [random_box(draw) for _ in range(count)]
         boxes += [[b[0] - 4, b[1] - 4, b[2] + 4, b[3] + 4] for b in boxes[:2]]  # overlapping
         labels = [draw.randrange(CLASSES) for _ in boxes]
         found = check_assignment(SIZES, boxes, labels, object_scale)
         positives = [a + b for a, b in zip(positives, found)]
-    assert min(positives) >= 20, positives
+    assert min(positives) >= 10, positives
 
 
-def test_assignment_of_a_crowded_image_equals_the_loop():
-    draw = random.Random(1)
-    boxes = [random_box(draw) for _ in range(600)]
-    check_assignment(SIZES, boxes, [draw.randrange(CLASSES) for _ in boxes], object_scale=0.25)
-
-
-def test_both_ends_of_a_levels_range_belong_to_it():
-    # Boxes whose sides are 64 pixels away: the end of level 0 and the start of level 1.
-    box = [60 - 64, 60 - 64, 60 + 64, 60 + 64]  # around a centre of level 0, whose neighbours are too far from one side
-    assert check_assignment(SIZES, [box], [1])[0] == 1
-    box = [72 - 64, 72 - 64, 72 + 64, 72 + 64]  # around a centre of level 1
-    assert check_assignment(SIZES, [box], [1])[1] == 9
-
-
-def test_sides_of_the_central_square_do_not_belong_to_it():
-    # The middle of a 40-pixel box lies 12 = 1.5 strides from the centres at 4 and 28, and 4 from those at 12 and 20.
+def test_where_ranges_and_central_squares_end():
+    # Sides 64 pixels away are the end of level 0, of whose other centres one side is farther, and the start of level 1.
+    assert check_assignment(SIZES, [[60 - 64, 60 - 64, 60 + 64, 60 + 64]], [1])[0] == 1
+    assert check_assignment(SIZES, [[72 - 64, 72 - 64, 72 + 64, 72 + 64]], [1])[1] == 9
+    # Those of the central square do not belong to it: 12 = 1.5 strides from its middle to the centres at 4 and 28.
     assert check_assignment(SIZES, [[-4, -4, 36, 36]], [0])[0] == 4
 
 
@@ -118,6 +107,9 @@ def test_images_of_a_batch_are_assigned_on_their_own():
     for i in range(3):
         alone = head.assign(SIZES, boxes[i : i + 1], labels[i : i + 1])
         assert all(torch.equal(together[key][i], alone[key][0]) for key in ("labels", "distances"))
+    # What follows from these two.
+    for key, expected in complete(together["labels"], together["distances"]).items():
+        torch.testing.assert_close(together[key], expected)
 
 
 @pytest.mark.parametrize("width", [64, 256])
@@ -191,7 +183,7 @@ def test_decoding_by_hand():
     assert part[0].equal(boxes[0, some]) and part[1].equal(scores[0, some])
 
 
-@pytest.mark.parametrize("channels", [16, 32, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("channels", [16, 48, 64, 256])
 def test_every_group_of_a_norm_has_something_to_vary(channels):
     torch.manual_seed(0)
     head = FCOSHead(8, CLASSES, channels, 2)
@@ -250,27 +242,6 @@ def test_focal_loss_equals_the_formula_and_leaves_out_ignored_locations():
     assert focal_loss(logits, labels).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_centerness_target_equals_the_formula():
-    distances = torch.rand(100, 4, dtype=torch.float64) + 0.01
-    expected = [centerness_by_formula(*d) for d in distances.tolist()]
-    torch.testing.assert_close(centerness_target(distances), torch.tensor(expected, dtype=torch.float64))
-    assert centerness_target(torch.tensor([2.0, 3, 2, 3])).item() == 1
-
-
-def random_targets_and_outputs(count):
-    """Labels and distances in strides, half of them background, with ones; and any outputs."""
-    torch.manual_seed(3)
-    shape = (count, 40)
-    labels = torch.where(torch.rand(shape) < 0.5, torch.randint(CLASSES, shape), CLASSES)
-    distances = torch.where((labels < CLASSES)[..., None], torch.rand(*shape, 4) * 6 + 0.1, 1.0)
-    outputs = {
-        "logits": torch.randn(*shape, CLASSES) * 3,
-        "distances": (torch.randn(*shape, 4) * 3).relu(),
-        "centerness": torch.randn(shape) * 2,
-    }
-    return labels, distances, outputs
-
-
 def complete(labels, distances):
     """The targets that follow from labels (N,R) and distances (N,R,4)."""
     objects = (labels < CLASSES).float()
@@ -280,20 +251,23 @@ def complete(labels, distances):
 
 
 def test_losses_equal_the_formulas():
-    labels, distances, outputs = random_targets_and_outputs(3)
-    labels[1], distances[1] = CLASSES, 1.0  # an image without a box among others
-    head = new_head()
-    found = head.losses(outputs, complete(labels, distances))
+    torch.manual_seed(3)
+    labels = torch.where(torch.rand(3, 40) < 0.5, torch.randint(CLASSES, (3, 40)), CLASSES)
+    labels[1] = CLASSES  # an image without a box among others
+    wanted = torch.where((labels < CLASSES)[..., None], torch.rand(3, 40, 4) * 6 + 0.1, 1.0)
+    logits, distances, centers = torch.randn(3, 40, CLASSES) * 3, (torch.randn(3, 40, 4) * 3).relu(), torch.randn(3, 40) * 2
+    outputs = {"logits": logits, "distances": distances, "centerness": centers}
+    found = new_head().losses(outputs, complete(labels, wanted))
 
-    labels, wanted = labels.flatten().tolist(), distances.reshape(-1, 4).tolist()
-    logits, predicted = outputs["logits"].reshape(-1, CLASSES).tolist(), outputs["distances"].reshape(-1, 4).tolist()
-    centerness = outputs["centerness"].flatten().tolist()
+    logits, distances, centers, wanted, labels = (
+        x.flatten(0, 1).tolist() for x in (logits, distances, centers, wanted, labels)
+    )
     positives = [r for r, label in enumerate(labels) if label < CLASSES]
     assert 30 < len(positives) < len(labels) * 2 / 3
     cls = sum(focal_by_formula(logits[r][k], labels[r] == k) for r in range(len(labels)) for k in range(CLASSES))
     weights = {r: centerness_by_formula(*wanted[r]) for r in positives}
-    box = sum(weights[r] * (1 - giou_by_corners(predicted[r], wanted[r])) for r in positives)
-    bce = sum(math.log(1 + math.exp(centerness[r])) - weights[r] * centerness[r] for r in positives)
+    box = sum(weights[r] * (1 - giou_by_corners(distances[r], wanted[r])) for r in positives)
+    bce = sum(math.log(1 + math.exp(centers[r])) - weights[r] * centers[r] for r in positives)
     expected = {"cls": cls / len(positives), "box": box / sum(weights.values()), "centerness": bce / len(positives)}
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-5)
 

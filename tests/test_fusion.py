@@ -52,15 +52,6 @@ def test_the_gate_s_layers_start_as_wide_as_the_authors():
         assert abs(scaled.std() - 3**-0.5) < 0.1
 
 
-def test_the_shares_add_up_to_one():
-    gate = CrossingFusion(32)
-    for high, low in zip(random_pyramid(), random_pyramid()):
-        weights = gate.weights(high * 10, low * 10)
-        assert weights.shape == (2, 2) and (weights >= 0).all()
-        same(weights.sum(1), torch.ones(2))
-        same(gate([high], [high])[0], high)
-
-
 def test_fusing_pyramids_that_differ_in_size_is_an_error():
     with pytest.raises(ValueError, match="do not align"):
         CrossingFusion(32)(random_pyramid(), random_pyramid()[:4] + [torch.zeros(2, 32, 1, 2)])
@@ -72,9 +63,8 @@ def test_any_choice_of_branches_equals_the_full_set_and_computes_no_more():
     images = torch.randn(2, 3, 64, 128)
     everything = model.pyramids(images)
     assert list(everything) == ["fused", "high", "low"] == list(model.branches)
-    for h, l, f in zip(everything["high"], everything["low"], everything["fused"], strict=True):
-        weights = model.fusion.weights(h, l)
-        same(f, torch.einsum("nb,bnchw->nchw", weights, torch.stack([h, l])))
+    for fused, expected in zip(everything["fused"], model.fusion(everything["high"], everything["low"]), strict=True):
+        same(fused, expected)
     read = []
     model.backbone.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[-2:])))
     for count in (1, 2, 3):

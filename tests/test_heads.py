@@ -14,7 +14,7 @@ from msad.models import HEADS, build
 
 SIZE = (64, 128)  # of the high-resolution input
 CELLS = [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]
-BATCHES, IMAGES = 40, 10
+BATCHES, IMAGES = 12, 10
 
 either = pytest.mark.parametrize("head", HEADS)
 
@@ -30,8 +30,8 @@ def make_model(head):
     return model.eval()
 
 
-def box_of(kind, draw):
-    """One box of a kind, in pixels."""
+def boxes_by_kind(draw):
+    """{kind: a box of it, in pixels}."""
     height, width = SIZE
     x, y = draw.uniform(0, width), draw.uniform(0, height)
     w, h = draw.uniform(1, 60), draw.uniform(1, 60)
@@ -47,25 +47,18 @@ def box_of(kind, draw):
         "huge": [x - 1e6 * w, y - 1e6 * h, x + 1e6 * w, y + 1e6 * h],
         "huge and thin": [-1e6 * w, y, 1e6 * w, y + 0.01],
         "of an area beyond float32": [-1e20, -1e20, 1e20, 1e20],
-    }[kind]
-
-
-KINDS = (
-    "plain", "of whole pixels", "thin", "without width", "a point", "tiny", "outside", "the whole image", "huge",
-    "huge and thin", "of an area beyond float32",
-)  # fmt: skip
+    }
 
 
 def random_targets(draw, met):
     """Boxes (M,4) and labels (M,) of one image: none, one, a mixture, or many on top of each other. Counts them."""
     count = draw.choice((0, 0, 1, 1, 3, 10, 40))
-    kinds = draw.sample(KINDS, draw.randint(1, 4))
-    boxes = [box_of(draw.choice(kinds), draw) for _ in range(count)]
+    drawn = [draw.choice(list(boxes_by_kind(draw).items())) for _ in range(count)]
     if draw.random() < 0.2:
-        boxes = boxes[:1] * count
-    met.update(kinds if count else ["none"])
-    labels = [draw.randrange(3) for _ in boxes]
-    return torch.tensor(boxes).view(-1, 4), torch.tensor(labels, dtype=torch.long)
+        drawn = drawn[:1] * count
+    met.update({kind for kind, _ in drawn})
+    labels = torch.tensor([draw.randrange(3) for _ in drawn], dtype=torch.long)
+    return torch.tensor([box for _, box in drawn]).view(-1, 4), labels
 
 
 def random_pyramid(model, images, spread):
@@ -117,7 +110,7 @@ def test_whatever_the_targets_losses_gradients_and_detections_are_finite(head, p
         assert_finite((name, p.grad) for name, p in model.head.named_parameters())
         assert_finite((f"level {level}", maps.grad) for level, maps in enumerate(pyramid))
         found += detections(model, pyramid, outputs["high"], draw)
-    assert min(positive, found) > 500 and len(met) == len(KINDS) + 1 and min(met.values()) > 30, (positive, found, met)
+    assert min(positive, found) > 100 and len(met) == 11 and min(met.values()) > 8, (positive, found, met)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -83,7 +83,7 @@ def test_anchors_are_torchvisions_without_its_rounding_to_pixels():
     torch.testing.assert_close(anchors, torchvision_anchors(4096), rtol=0, atol=1 / 4096)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_targets_are_those_of_torchvisions_matcher_and_coder(seed):
     boxes, labels = random_images(seed)
     head, matcher = make_head(), Matcher(0.5, 0.4, allow_low_quality_matches=True)
@@ -101,6 +101,13 @@ def test_targets_are_those_of_torchvisions_matcher_and_coder(seed):
         torch.testing.assert_close(targets["deltas"][i], deltas, rtol=1e-4, atol=1e-5)
 
 
+def test_a_box_without_area_takes_no_anchor():
+    """torchvision's matcher would give it all of them: none is better than the others."""
+    boxes = torch.tensor([[8.0, 8, 24, 24], [8, 16, 24, 16], [90, 10, 90, 50]])  # an object and two lines, one on it
+    labels = make_head().assign(SIZES, [boxes, boxes[:1]], [torch.tensor([1, 2, 2]), torch.tensor([1])])["labels"]
+    assert torch.equal(labels[0], labels[1]) and set(labels[0].tolist()) == {1, CLASSES}
+
+
 def test_five_anchors_by_hand():
     """IoU 1, 5/10, 4/10 and 1/10 with the first box; the last has 2/50 with the second, which has no better one."""
     anchors = [[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4], [9, 0, 10, 10], [100, 100, 105, 110]]
@@ -112,7 +119,7 @@ def test_five_anchors_by_hand():
     torch.testing.assert_close(deltas, torch.tensor([[0.0] * 4, second, [0.0] * 4, [0.0] * 4, last]))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_losses_are_torchvisions_over_the_whole_batch(seed):
     boxes, labels = random_images(seed)
     head = make_head()
@@ -139,13 +146,6 @@ def test_losses_by_hand():
     assert losses["cls"].item() == pytest.approx(0.25 * math.log(2) * (0.25 + 5 * 0.75))
     # Below beta the square over 2 beta, above it the distance less beta / 2.
     assert losses["box"].item() == pytest.approx(0.05**2 / 0.2 + (0.1 - 0.05) + (0.5 - 0.05))
-
-
-def test_a_box_without_area_takes_no_anchor():
-    """torchvision's matcher would give it all of them: none is better than the others."""
-    boxes = torch.tensor([[8.0, 8, 24, 24], [8, 16, 24, 16], [90, 10, 90, 50]])  # an object and two lines, one on it
-    labels = make_head().assign(SIZES, [boxes, boxes[:1]], [torch.tensor([1, 2, 2]), torch.tensor([1])])["labels"]
-    assert torch.equal(labels[0], labels[1]) and set(labels[0].tolist()) == {1, CLASSES}
 
 
 def test_forward_is_torchvisions_with_the_same_weights():
