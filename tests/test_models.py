@@ -32,12 +32,12 @@ def test_normalisation_and_padding_by_hand(kind):
 
 
 @pytest.mark.parametrize(
-    "kind, size, padded",
-    [("high", (128, 192), (128, 192)), ("high", (100, 150), (128, 192)), ("high", (300, 90), (256, 128)),
-     ("low", (128, 192), (64, 96)), ("low", (101, 203), (64, 128)), ("low", (300, 90), (128, 64))],
+    "kind, size, pad, padded",
+    [("high", (100, 150), 64, (128, 192)), ("high", (300, 90), 64, (256, 128)), ("high", (100, 150), 256, (256, 256)),
+     ("low", (101, 203), 64, (64, 128)), ("low", (300, 90), 64, (128, 64)), ("low", (300, 90), 256, (128, 128))],
 )  # fmt: skip
-def test_images_are_resized_and_padded_to_what_the_model_is_made_for(kind, size, padded):
-    model = tiny_model(kind)
+def test_images_are_resized_and_padded_to_what_the_model_is_made_for(kind, size, pad, padded):
+    model = tiny_model(kind, pad=pad)
     inputs = []
     model.backbone.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     image = torch.tensor(MEAN).view(3, 1, 1).expand(3, *size) + torch.tensor(STD).view(3, 1, 1)
@@ -50,12 +50,6 @@ def test_images_are_resized_and_padded_to_what_the_model_is_made_for(kind, size,
     expected = torch.zeros(padded)
     expected[:height, :width] = 1  # one standard deviation above the mean, and the mean in the padding
     torch.testing.assert_close(inputs[0], expected.expand(1, 3, -1, -1), rtol=0, atol=1e-4)
-
-
-def test_the_multiple_of_the_padding_is_a_setting():
-    for pad, expected in ((64, (128, 192)), (256, (256, 256))):
-        assert tiny_model("teacher", pad=pad).padded_size((128, 180)) == expected
-        assert tiny_model("low", pad=pad).padded_size((64, 90)) == tuple(side // 2 for side in expected)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "conventional", "low"])
