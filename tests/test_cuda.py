@@ -76,7 +76,7 @@ def test_outputs_losses_and_gradients_equal_the_cpu_s(device, kind, head, norm):
         assert_close(found, wanted, share)
 
 
-@pytest.mark.parametrize("low", ["", "area", "nearest"])
+@pytest.mark.parametrize("low", [None, "area", "nearest"])
 @pytest.mark.parametrize("size", [(90, 120), (400, 520)])
 def test_a_picture_on_the_device_is_resized_as_on_the_cpu(device, size, low):
     picture = torch.randint(256, (3, 300, 400), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -147,19 +147,17 @@ def test_evaluation_gives_the_cpu_s_numbers(device, data):
 
 
 def test_nan_stops_a_run_whose_checkpoint_goes_on_on_either_device(device, data, tmp_path, monkeypatch):
-    flags, losses, before = [*ON_CUDA, "--data", data, "--out", tmp_path / "out"], models.Detector.losses, []
+    flags, losses, calls = [*ON_CUDA, "--data", data, "--out", tmp_path / "out"], models.Detector.losses, []
 
     def spoilt(model, *arguments):
-        before.append((model, [p.detach().clone() for p in model.parameters()]))
+        calls.append(model)
         found = losses(model, *arguments)
-        found["low"]["box"] = found["low"]["box"] * (float("nan") if len(before) == 4 else 1.0)
+        found["low"]["box"] = found["low"]["box"] * (float("nan") if len(calls) == 4 else 1.0)
         return found
 
     with monkeypatch.context() as patch:
         patch.setattr(models.Detector, "losses", spoilt)
         assert "iteration 3:" in complaint(train, *flags)
-    model, weights = before[-1]
-    assert all(p.is_cuda and p.equal(kept) for p, kept in zip(model.parameters(), weights))
     path = tmp_path / "out" / "last.pt"
     content, saved = path.read_bytes(), checkpoint.read(path)
     assert saved["training"]["done"] == 2 and not any(tensor.is_cuda for tensor in saved["model"].values())
@@ -187,7 +185,8 @@ def test_processes_of_torchrun_have_the_gradients_of_the_cpu(data, tmp_path, cou
     if DEVICES < count:
         pytest.skip(f"{DEVICES} CUDA device here, {count} needed")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "TMPDIR": str(tmp_path)}
     job = subprocess.run([*torchrun, __file__, data, tmp_path], env=environment, capture_output=True, text=True)
     assert job.returncode == 0 and f"{count} process(es)" in job.stdout, job.stderr
     for head in HEADS:

@@ -11,7 +11,6 @@ from PIL import Image
 from test_detect import same_detections
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msad import models
 from msad.engine import checkpoint
 from msad.data.errors import InputError
 from msad.data.reading import read_image
@@ -149,15 +148,6 @@ def test_results_are_the_caller_s_to_change():
     assert weight.grad.item() == pytest.approx(second["scores"].sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("head", models.HEADS)
-@pytest.mark.parametrize("kind", models.KINDS)
-def test_a_model_of_double_precision_finds_the_same(kind, head):
-    model = tiny_model(kind, head=head)
-    (expected,), (found,) = model.detect(SMALL), copy.deepcopy(model).double().detect(SMALL)
-    assert len(found["scores"]) == len(expected["scores"]) > 20
-    torch.testing.assert_close(found["scores"].float(), expected["scores"], rtol=1e-3, atol=1e-5)
-
-
 def test_a_folded_model_detects_and_is_not_saved(tmp_path):
     model = tiny_model("teacher")
     folded, path = model.folded(), tmp_path / "model.pt"
@@ -166,7 +156,7 @@ def test_a_folded_model_detects_and_is_not_saved(tmp_path):
     checkpoint.save(path, model)
     before = path.read_bytes()
     for other in (folded, copy.deepcopy(folded)):
-        with pytest.raises(InputError, match=f"{path}: a folded model cannot be saved.*; save the one it was made from"):
+        with pytest.raises(InputError, match="a folded model cannot be saved.*; save the one it was made from"):
             checkpoint.save(path, other)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     assert same(checkpoint.load(path).detect(SMALL), [expected]), "folding leaves the model as it was"

@@ -168,23 +168,17 @@ def steps(script, patch, out, *flags):
 
 
 PARTS = ("--batch", 4, "--accumulate", 2, "--norm", "frozen", "--clip", 0)
-TRAINED = [(), ("--no-align",), ("--res", "high"), ("--res", "low"), PARTS]
-DISTILLED = [(), ("--kd-loss", "pkd", "--downsample", "nearest"), ("--kd", 0), PARTS]
-UPLOADS = 2 * 3 * ["cpu to cuda"]  # of two batches: images, boxes, labels
+TRAINED = [(train, flags) for flags in ((), ("--no-align",), ("--res", "low"), PARTS)]
+DISTILLED = [(distill, flags) for flags in ((), ("--kd-loss", "pkd", "--downsample", "nearest"), PARTS)]
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("flags", TRAINED, ids=str)
-def test_a_training_step_stays_on_the_device_and_reads_once(home, tmp_path, monkeypatch, head, flags):
-    flags = ["--data", home / "data", "--head", head, *flags]
-    assert steps(train, monkeypatch, tmp_path / "out", *flags) == UPLOADS
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("flags", DISTILLED, ids=str)
-def test_a_distillation_step_stays_on_the_device_and_reads_once(home, tmp_path, monkeypatch, head, flags):
-    flags = ["--data", home / "data", "--head", head, "--teacher", home / f"{head}.pt", *flags]
-    assert steps(distill, monkeypatch, tmp_path / "out", *flags) == UPLOADS
+@pytest.mark.parametrize("script, flags", TRAINED + DISTILLED)
+def test_a_step_stays_on_the_device_and_reads_once(home, tmp_path, monkeypatch, head, script, flags):
+    teacher = ["--teacher", home / f"{head}.pt"] if script is distill else []
+    flags = ["--data", home / "data", "--head", head, *teacher, *flags]
+    uploads = 2 * 3 * ["cpu to cuda"]  # of two batches: images, boxes, labels
+    assert steps(script, monkeypatch, tmp_path / "out", *flags) == uploads
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -211,8 +205,8 @@ def test_detection_stays_on_the_device_until_its_boxes_are_chosen(monkeypatch, k
     assert decoded == list(model.branches) and watch.copies == []
 
 
-@pytest.mark.parametrize("low", ["", "area", "nearest"])
-@pytest.mark.parametrize("size", [(40, 60), (20, 30), (80, 120)])
+@pytest.mark.parametrize("low", [None, "area", "nearest"])
+@pytest.mark.parametrize("size", [(40, 60), (80, 120)])
 def test_bytes_on_the_device_are_resized_where_pytorch_can(monkeypatch, size, low):
     """Its kernel for CUDA knows no bytes, and floats of a large photo would be large."""
     resized, interpolate = [], F.interpolate
@@ -242,7 +236,8 @@ def test_the_script_for_a_gpu_makes_calls_that_the_scripts_understand(tmp_path):
     assert (tmp_path / "cuda-report.txt").read_text() in job.stdout
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("/")]
     paths, flags = zip(*((Path(path).relative_to(ROOT), flags) for path, *flags in calls))
-    assert list(map(str, paths)) == [".github/benchmark/benchmark.py", "train.py", "distill.py", "evaluate.py", "train.py"]
+    assert [path.name for path in paths] == ["benchmark.py", "train.py", "distill.py", "evaluate.py", "train.py"]
+    assert all((ROOT / path).exists() for path in paths)
     for path, own in list(zip(paths, flags))[1:]:
         parse(shlex.join([path.name, *own]))
     assert flags[-1][flags[-1].index("--accumulate") + 1] == "2" and "runs/cuda/teacher/last.pt" in flags[2]

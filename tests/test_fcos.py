@@ -255,7 +255,8 @@ def test_losses_equal_the_formulas():
     labels = torch.where(torch.rand(3, 40) < 0.5, torch.randint(CLASSES, (3, 40)), CLASSES)
     labels[1] = CLASSES  # an image without a box among others
     wanted = torch.where((labels < CLASSES)[..., None], torch.rand(3, 40, 4) * 6 + 0.1, 1.0)
-    logits, distances, centers = torch.randn(3, 40, CLASSES) * 3, (torch.randn(3, 40, 4) * 3).relu(), torch.randn(3, 40) * 2
+    logits, distances = torch.randn(3, 40, CLASSES) * 3, (torch.randn(3, 40, 4) * 3).relu()
+    centers = torch.randn(3, 40) * 2
     outputs = {"logits": logits, "distances": distances, "centerness": centers}
     found = new_head().losses(outputs, complete(labels, wanted))
 

@@ -3,11 +3,10 @@ weights as they were; the gradient is clipped; the learning rate is the iteratio
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
-from scripts import assert_same_run, call, complaint, runs, succeed
+from scripts import assert_same_run, complaint, runs, succeed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from msad import distillation, models
@@ -156,27 +155,9 @@ def test_frozen_norms_keep_the_statistics_that_they_start_with(uninterrupted, tm
 
 
 @pytest.mark.parametrize("name", ["trained", "distilled"])
-def test_fp32_without_avx512_trains_in_nchw_and_goes_on_elsewhere(uninterrupted, tmp_path, monkeypatch, steps, name):
+def test_fp32_without_avx512_trains_in_nchw(uninterrupted, tmp_path, monkeypatch, steps, name):
     script, flags = runs(uninterrupted)[name]
-    losses, here, there = models.Detector.losses, tmp_path / "here", tmp_path / "there"
-
-    def moved(model, *arguments):
-        if len(steps) == 9:
-            raise SystemExit("to another machine")
-        return losses(model, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-        patch.setattr(models.Detector, "losses", moved)
-        call(script, *flags, "--out", there)
-        patch.setattr(models.Detector, "losses", losses)
-        shutil.copytree(there, here)
-        succeed(script, "--resume", "--out", there)
-    old = len(steps)
-    succeed(script, "--resume", "--out", here)
-    for number, (_, gradients) in enumerate(steps):
-        maps = [g for g in gradients.values() if g.dim() == 4 and min(g.shape[1:]) > 1]
-        assert all(g.is_contiguous(memory_format=torch.channels_last) is (number >= old) for g in maps), number
-    # From the checkpoint of eight iterations on both are the same but for rounding, which grows from step to step.
-    found, expected = (torch.tensor([list(e.values()) for e in logged(out)[8:11]]) for out in (here, there))
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    succeed(script, *flags, "--iters", 1, "--out", tmp_path / "out")
+    maps = [g for _, gradients in steps for g in gradients.values() if g.dim() == 4 and min(g.shape[1:]) > 1]
+    assert maps and all(g.is_contiguous() for g in maps)
