@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from msad import ModelConfig
 from msad.models import build
@@ -51,3 +53,15 @@ def randomize(model):
 def total(losses):
     """The sum of all parts of {branch: {part: scalar}}."""
     return sum(value for parts in losses.values() for value in parts.values())
+
+
+class LargestFloats(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor of floats that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        sizes = [x.numel() for x in tree_leaves(made) if torch.is_tensor(x) and x.is_floating_point()]
+        self.largest = max([self.largest, *sizes])
+        return made

@@ -91,6 +91,7 @@ def test_cells_equal_a_loop():
         for row in range(height):
             for column in range(width):
                 expected.append((column * stride, row * stride, stride))
+    assert align.map_sizes([torch.empty(2, 3, *size) for size in sizes]) == sizes
     corners, strides = align.cells(sizes)
     assert torch.cat([corners, strides[:, None]], 1).tolist() == [list(map(float, cell)) for cell in expected]
     with pytest.raises(ValueError):  # of any other number of levels

@@ -6,10 +6,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import LargestFloats, tiny_model
 from PIL import Image
 from test_detect import same_detections
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from msad.engine import checkpoint
 from msad.data.errors import InputError
@@ -68,13 +67,13 @@ def test_one_picture_several_and_whole_batches():
     model, tensor = READERS["low"], torch.from_numpy(SMALL).permute(2, 0, 1)
     (one,), other = model.detect(tensor), torch.rand(3, 90, 40)
     pair = torch.stack([tensor, tensor])
-    for two in ([tensor, tensor], (SMALL, tensor), pair, pair.numpy().transpose(0, 2, 3, 1), iter([SMALL, SMALL])):
+    for two in ((SMALL, tensor), pair, pair.numpy().transpose(0, 2, 3, 1), iter([SMALL, SMALL])):
         same_detections(model.detect(two), [one, one])
     mixed = model.detect([SMALL, other, Image.fromarray(SMALL), other.double().numpy().transpose(1, 2, 0)])
     same_detections(mixed, [one, *model.detect(other)] * 2)
     grey = tensor[:1]
     same_detections(model.detect(torch.stack([grey, grey])), 2 * model.detect(SMALL[..., 0]))
-    for nothing in ([], (), torch.zeros(0, 3, 40, 40), np.zeros((0, 40, 40, 3), np.uint8), iter([])):
+    for nothing in ([], torch.zeros(0, 3, 40, 40), np.zeros((0, 40, 40, 3), np.uint8), iter([])):
         assert model.detect(nothing) == []
 
 
@@ -160,19 +159,6 @@ def test_a_folded_model_detects_and_is_not_saved(tmp_path):
             checkpoint.save(path, other)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     assert same(checkpoint.load(path).detect(SMALL), [expected]), "folding leaves the model as it was"
-
-
-class LargestFloats(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor of floats that any operation makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        made = function(*arguments, **(keywords or {}))
-        for value in made if isinstance(made, (tuple, list)) else [made]:
-            if torch.is_tensor(value) and value.is_floating_point():
-                self.largest = max(self.largest, value.numel())
-        return made
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -100,10 +100,10 @@ def test_the_teacher_detects_from_the_fused_pyramid_alone():
 def test_every_branch_of_the_teacher_is_trained_on_the_same_targets_in_high_pixels():
     model = tiny_model("teacher")
     with torch.no_grad():
-        pyramids, outputs = model(torch.randn(2, 3, 128, 128))
+        pyramids, outputs = model(torch.randn(2, 3, 128, 192))
         losses = model.losses(pyramids, outputs, BOXES, LABELS)
         assert losses.keys() == LOSS_WEIGHTS.keys() == set(model.branches)
-        targets = model.head.assign([(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)], BOXES, LABELS)
+        targets = model.head.assign([(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)], BOXES, LABELS)
         assert (targets["labels"] < 3).sum() > 0
         for branch in model.branches:
             expected = model.head.losses(outputs[branch], targets)

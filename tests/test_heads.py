@@ -1,20 +1,13 @@
 """What holds for either head: finite whatever the targets, bounded memory, no waiting for the device, any channels."""
 
-import random
-from collections import Counter
-
 import pytest
 import torch
-from helpers import randomize, tiny_config, total
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import LargestFloats, randomize, tiny_config, total
 
 from msad.heads import AbsentLoss, GroupNorm
 from msad.models import HEADS, build
 
-SIZE = (64, 128)  # of the high-resolution input
-CELLS = [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]
-BATCHES, IMAGES = 12, 10
+CELLS = [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]  # of an image of 64x128
 
 either = pytest.mark.parametrize("head", HEADS)
 
@@ -30,41 +23,12 @@ def make_model(head):
     return model.eval()
 
 
-def boxes_by_kind(draw):
-    """{kind: a box of it, in pixels}."""
-    height, width = SIZE
-    x, y = draw.uniform(0, width), draw.uniform(0, height)
-    w, h = draw.uniform(1, 60), draw.uniform(1, 60)
-    return {
-        "plain": [x - w, y - h, x + w, y + h],
-        "of whole pixels": [8 * (x // 8), 8 * (y // 8), 8 * (x // 8) + 16, 8 * (y // 8) + 16],
-        "thin": [x, y - h, x + 10 ** draw.uniform(-6, 0), y + h],
-        "without width": [x, y, x, y + h],
-        "a point": [width, height, width, height],
-        "tiny": [x, y, x + 1e-6 * w, y + 1e-6 * h],
-        "outside": [x + 2 * width, y - 2 * height, x + 2 * width + w, y - 2 * height + h],
-        "the whole image": [0, 0, width, height],
-        "huge": [x - 1e6 * w, y - 1e6 * h, x + 1e6 * w, y + 1e6 * h],
-        "huge and thin": [-1e6 * w, y, 1e6 * w, y + 0.01],
-        "of an area beyond float32": [-1e20, -1e20, 1e20, 1e20],
-    }
-
-
-def random_targets(draw, met):
-    """Boxes (M,4) and labels (M,) of one image: none, one, a mixture, or many on top of each other. Counts them."""
-    count = draw.choice((0, 0, 1, 1, 3, 10, 40))
-    drawn = [draw.choice(list(boxes_by_kind(draw).items())) for _ in range(count)]
-    if draw.random() < 0.2:
-        drawn = drawn[:1] * count
-    met.update({kind for kind, _ in drawn})
-    labels = torch.tensor([draw.randrange(3) for _ in drawn], dtype=torch.long)
-    return torch.tensor([box for _, box in drawn]).view(-1, 4), labels
-
-
-def random_pyramid(model, images, spread):
-    """Five maps that ask for a gradient, of values from nearly nothing to far beyond what a pyramid holds."""
-    channels = model.config.fpn_channels
-    return [(torch.randn(images, channels, *cells) * spread).requires_grad_() for cells in CELLS]
+BOXES = torch.tensor([
+    [20, 10, 60, 50], [16, 16, 32, 32], [40, 8, 40.001, 60],  # plain, on whole cells, thin
+    [30, 5, 30, 40], [128, 64, 128, 64], [50, 20, 50 + 1e-5, 20 + 1e-5],  # a line, a point, a point but for rounding
+    [300, -150, 340, -100], [0, 0, 128, 64], [-5e7, -3e7, 4e7, 6e7],  # outside, the whole image, huge
+    [-5e7, 20, 5e7, 20.01], [-1e20, -1e20, 1e20, 1e20],  # huge and thin, of an area beyond float32
+])  # fmt: skip
 
 
 def assert_finite(named):
@@ -72,64 +36,45 @@ def assert_finite(named):
         assert value.isfinite().all(), name
 
 
-def detections(model, pyramid, outputs, draw):
-    """How many things are found, each a box within its image."""
-    originals = [(draw.choice((1, 48, 900)), draw.choice((1, 50, 1100))) for _ in range(IMAGES)]
-    with torch.no_grad():
-        assert_finite(zip(("boxes", "scores"), model.head.decode(outputs, CELLS, slice(None))))
-        results = model.postprocess(pyramid, outputs, "high", [(60, 120)] * IMAGES, originals)
-    for (height, width), found in zip(originals, results, strict=True):
-        boxes, scores = found["boxes"], found["scores"]
-        assert boxes.isfinite().all() and (boxes >= 0).all() and len(boxes) == len(scores) <= 100
-        assert (boxes <= torch.tensor([width, height] * 2) * (1 + 1e-6)).all() and (boxes[:, 2:] > boxes[:, :2]).all()
-        assert ((scores > 0) & (scores <= 1)).all() and scores.equal(scores.sort(descending=True).values)
-    return sum(len(found["scores"]) for found in results)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])  # of the maps' values
 @either
-def test_whatever_the_targets_losses_gradients_and_detections_are_finite(head, precision):
-    draw, met, positive, found = random.Random(f"{head} {precision}"), Counter(), 0, 0
-    model = make_model(head)
-    for number in range(BATCHES):
-        sets = [random_targets(draw, met) for _ in range(IMAGES)]
-        if number == 0:
-            sets = [(boxes[:0], labels[:0]) for boxes, labels in sets]
-        boxes, labels = map(list, zip(*sets))
-        pyramid = random_pyramid(model, IMAGES, 10 ** draw.uniform(-3, 3))
+def test_whatever_the_targets_losses_gradients_and_detections_are_finite(head, spread, precision):
+    model, found = make_model(head), 0
+    batches = [[BOXES[:0]] * 2, *zip(BOXES[:, None], BOXES.roll(1, 0)[:, None]), [BOXES, BOXES.repeat(4, 1)]]
+    for boxes in batches:
+        labels = [torch.arange(len(b)) % 3 for b in boxes]
+        pyramid = [(torch.randn(2, model.config.fpn_channels, *cells) * spread).requires_grad_() for cells in CELLS]
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             outputs = model.predict({"high": pyramid})
         assert all(value.dtype == torch.float32 for name, value in outputs["high"].items() if name != "logits")
-        targets = model.head.assign(CELLS, boxes, labels)
-        assert_finite(targets.items())
-        positive += ((targets["labels"] >= 0) & (targets["labels"] < 3)).sum()
+        assert_finite(model.head.assign(CELLS, boxes, labels).items())
         losses = model.losses({"high": pyramid}, outputs, boxes, labels)
         assert_finite(losses["high"].items())
         model.zero_grad()
         total(losses).backward()
         assert_finite((name, p.grad) for name, p in model.head.named_parameters())
         assert_finite((f"level {level}", maps.grad) for level, maps in enumerate(pyramid))
-        found += detections(model, pyramid, outputs["high"], draw)
-    assert min(positive, found) > 100 and len(met) == 11 and min(met.values()) > 8, (positive, found, met)
-
-
-class LargestTensor(TorchDispatchMode):
-    numel = 0  # of the largest tensor made
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel] + [x.numel() for x in tree_leaves(result) if torch.is_tensor(x)])
-        return result
+        with torch.no_grad():
+            assert_finite(zip(("boxes", "scores"), model.head.decode(outputs["high"], CELLS, slice(None))))
+            results = model.postprocess(pyramid, outputs["high"], "high", [(60, 120)] * 2, [(1, 50), (900, 1100)])
+        for (height, width), detections in zip([(1, 50), (900, 1100)], results):
+            boxes, scores = detections["boxes"], detections["scores"]
+            found += len(scores)
+            assert boxes.isfinite().all() and (boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+            assert (boxes <= torch.tensor([width, height] * 2) * (1 + 1e-6)).all()
+            assert ((scores > 0) & (scores <= 1)).all() and scores.equal(scores.sort(descending=True).values)
+    assert found > 100
 
 
 @either
 def test_the_memory_of_assignment_does_not_grow_with_the_number_of_boxes(head):
-    few, many = LargestTensor(), LargestTensor()
+    few, many = LargestFloats(), LargestFloats()
     for mode, count in ((few, 256), (many, 3000)):
         boxes, labels = torch.zeros(count, 4), torch.zeros(count, dtype=torch.long)
         with mode:
             make_model(head).head.assign(CELLS, [boxes], [labels])
-    assert few.numel == many.numel
+    assert few.largest == many.largest > 0
 
 
 @either

@@ -1,12 +1,16 @@
-"""The detectors: what reaches the network, and pyramids to losses for every kind and head."""
+"""The detectors: what reaches the network, pyramids to losses for every kind and head, and a head nobody has seen."""
 
 import pytest
 import torch
+from folders import draw_rectangles
 from helpers import tiny_config, tiny_model, total
 from torch import nn
 
-from msad import models
-from msad.engine import processes
+import msad
+from msad import align, distillation, heads, models
+from msad.data import annotations
+from msad.data.dataset import CocoDataset
+from msad.engine import checkpoint, evaluation, processes
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BOXES = [torch.tensor([[10.0, 20, 60, 90], [30, 30, 45, 50]]), torch.zeros(0, 4)]
@@ -172,3 +176,71 @@ def test_a_network_compiles_without_a_break(kind, head):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for branch, expected in model(images)[1].items():
         torch.testing.assert_close(compiled(images)[1][branch], expected, rtol=1e-4, atol=1e-4)
+
+
+class CenterHead(nn.Module):
+    """Finds an object at the cell of its centre, on the finest level only."""
+
+    anchors = 1
+    nms_threshold = 0.5
+    channel_multiple = 1
+
+    def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
+        super().__init__()
+        self.classes = classes
+        self.output = nn.Conv2d(in_channels, classes + 4, 1)
+
+    def forward(self, pyramid):
+        x = torch.cat([heads.flatten_cells(self.output(level), self.classes + 4) for level in pyramid], 1).float()
+        return {"logits": x[..., : self.classes], "sides": x[..., self.classes :].exp()}
+
+    def assign(self, sizes, boxes, labels):
+        corners, _ = align.cells(sizes)
+        learned, near = torch.full((len(boxes), len(corners)), self.classes), torch.ones(len(boxes), len(corners), 4)
+        for i, (b, l) in enumerate(zip(boxes, labels)):
+            x, y = (b[:, :2] + b[:, 2:]).div(16).long().unbind(1)
+            cells = y.clamp(max=sizes[0][0] - 1) * sizes[0][1] + x.clamp(max=sizes[0][1] - 1)
+            learned[i, cells], near[i, cells] = l, heads.boxes_to_distances(corners[cells] + 4, b).clamp(min=1) / 8
+        hot = (learned[..., None] == torch.arange(self.classes)).float()
+        return {"labels": learned, "hot": hot, "near": near, "totals": hot.sum()[None]}
+
+    def losses(self, outputs, targets):
+        box = (outputs["sides"] - targets["near"]).abs().mean(-1) * targets["hot"].amax(-1)
+        cls = nn.functional.binary_cross_entropy_with_logits(outputs["logits"], targets["hot"], reduction="none")
+        return {"cls": cls.sum() / targets["totals"][0], "box": box.sum() / targets["totals"][0]}
+
+    def decode(self, outputs, sizes, where):
+        scores = outputs["logits"].sigmoid()
+        boxes = heads.distances_to_boxes(align.cells(sizes)[0][where] + 4, outputs["sides"] * 8)
+        return boxes, torch.where(scores > 0.05, scores, 0.0)
+
+
+def test_a_head_that_only_the_table_of_heads_knows_works_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.HEADS, "center", CenterHead)
+    torch.manual_seed(0)
+    teacher, baseline, student = (
+        models.build(tiny_config(kind, head="center")) for kind in ("teacher", "conventional", "low")
+    )
+    assert checkpoint.start_from(student, teacher.state_dict()).endswith("new nothing")
+    images, frozen = torch.randn(2, 3, 128, 192), distillation.freeze(teacher)
+    fused = frozen.pyramids(images, ["fused"])["fused"]
+    for model in (teacher, baseline, student):
+        optimizer, found = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+        for _ in range(20):
+            pyramids, outputs = model(align.downsample(images) if model is student else images)
+            loss = total(model.losses(pyramids, outputs, [BOXES[0][:1]] * 2, [LABELS[0][:1]] * 2))
+            if model is student:
+                loss = loss + distillation.WEIGHT * distillation.pyramid_l1(pyramids["low"], fused)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        assert found[-1] < found[0] / 2
+
+    checkpoint.save(tmp_path / "student.pt", student)
+    loaded = msad.load(tmp_path / "student.pt")
+    read = annotations.read(draw_rectangles(tmp_path / "data", {"val": 3}), "val")
+    shares = evaluation.level_shares(loaded.config, read, 128, 256, torch.device("cpu"), 1.0, 100)
+    assert shares[0] > 0.5 and not any(shares[1:])
+    ((metrics, detections),) = evaluation.evaluate(loaded, CocoDataset(read, (128,), 256, "area"), ["low"], 2).values()
+    assert 0 <= metrics["AP"] <= 1 and any(len(d["scores"]) for _, d in detections)

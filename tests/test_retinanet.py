@@ -1,4 +1,4 @@
-"""The RetinaNet head against torchvision's generator, matcher, coder, losses and layers, and against cases by hand."""
+"""The RetinaNet head against torchvision's matcher, coder, losses and layers, and against cases by hand."""
 
 import copy
 import itertools
@@ -8,11 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead as TorchvisionHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from msad import align
 from msad.retinanet import RetinaNetHead
 
 SIZES = [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]  # of a 64x128 image
@@ -55,15 +53,6 @@ def test_anchors_follow_the_formula_cell_by_cell():
     torch.testing.assert_close(make_head().anchor_boxes(SIZES, CPU), torch.tensor(expected))
 
 
-def torchvision_anchors(magnified):
-    """All anchors by torchvision, which rounds those of a cell to whole pixels. On an image `magnified` times larger,
-    with anchors as much larger, and brought back, it rounds to as many parts of a pixel."""
-    sizes = [[magnified * 4 * stride * 2 ** (third / 3) for third in range(3)] for stride in align.STRIDES]
-    generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-    strides = [[torch.tensor(magnified * stride)] * 2 for stride in align.STRIDES]
-    return torch.cat(generator.grid_anchors(SIZES, strides)) / magnified
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_anchors_are_the_same_in_a_model_of_any_precision(dtype):
     head = RetinaNetHead(32, 3, 64, 1, 0.3)
@@ -72,12 +61,6 @@ def test_anchors_are_the_same_in_a_model_of_any_precision(dtype):
     model = torch.nn.Sequential(head).to(dtype)
     assert head.box_pred.weight.dtype == dtype and head.anchor_boxes(sizes, CPU).equal(wanted)
     assert copy.deepcopy(model).float()[0].anchor_boxes(sizes, CPU).equal(wanted)
-
-
-def test_anchors_are_torchvisions_without_its_rounding_to_pixels():
-    anchors, rounded = make_head(object_scale=1.0).anchor_boxes(SIZES, CPU), torchvision_anchors(1)
-    assert torch.equal(anchors.round(), rounded) and (anchors - rounded).abs().max() > 0.4
-    torch.testing.assert_close(anchors, torchvision_anchors(4096), rtol=0, atol=1 / 4096)
 
 
 @pytest.mark.parametrize("seed", range(4))
