@@ -121,7 +121,7 @@ def test_a_step_waits_only_where_it_reads_its_numbers(device, data, tmp_path, mo
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", models.KINDS)
 def test_detect_finds_what_it_finds_on_the_cpu_and_waits_at_most_nine_times_an_image(device, kind, head):
-    """All but one in a hundred: rounding may turn an overlap or a score that is nearly at its threshold."""
+    """All but one in twenty: rounding may turn an overlap or a score that is nearly at its threshold."""
     pictures = torch.rand(3, 3, 90, 128, generator=torch.Generator().manual_seed(0))
     here, there = (tiny_model(kind, head=head).to(d).folded() for d in ("cpu", device))
     there.detect(pictures)
@@ -135,7 +135,7 @@ def test_detect_finds_what_it_finds_on_the_cpu_and_waits_at_most_nine_times_an_i
         one = {name: value.cpu() for name, value in one.items()}
         same = (one["labels"][:, None] == other["labels"]) & (box_iou(one["boxes"], other["boxes"]) > 0.99)
         same &= (one["scores"][:, None] - other["scores"]).abs() < 1e-4
-        assert len(other["scores"]) > 20 and all(same.any(dim).float().mean() >= 0.99 for dim in (0, 1))
+        assert len(other["scores"]) > 20 and all(same.any(dim).float().mean() >= 0.95 for dim in (0, 1))
 
 
 def test_evaluation_gives_the_cpu_s_numbers(device, data):
