@@ -273,19 +273,6 @@ def test_losses_equal_the_formulas():
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-5)
 
 
-def test_losses_of_one_positive_by_hand():
-    """The box loss is a mean weighted by centerness, here 1/3: the weight of a single location does not count."""
-    head = new_head()
-    targets = complete(torch.tensor([[1, CLASSES]]), torch.tensor([[[1.0, 1, 3, 3], [1, 1, 1, 1]]]))
-    outputs = {"distances": torch.tensor([[[1.0, 1, 1, 1], [9, 9, 9, 9]]]), "centerness": torch.zeros(1, 2)}
-    losses = head.losses(outputs | {"logits": torch.zeros(1, 2, CLASSES)}, targets)
-    # A square of side 2 in one of side 4, and in their hull, which is the larger one.
-    assert losses["box"].item() == pytest.approx(1 - (4 + 1) / (16 + 1))
-    assert losses["centerness"].item() == pytest.approx(math.log(2))
-    # (1/2)^2 ln 2, weighted by 1/4 for the one true class and 3/4 for the five false ones.
-    assert losses["cls"].item() == pytest.approx(0.25 * math.log(2) * (0.25 + 5 * 0.75))
-
-
 def test_a_batch_without_boxes_is_pure_background():
     head = new_head()
     outputs = head([torch.randn(2, 32, h, w) for h, w in SIZES])
