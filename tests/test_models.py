@@ -81,6 +81,9 @@ def test_every_model_trains_with_and_without_boxes_and_detects(kind, head):
         assert all(p.grad.isfinite().all() for p in model.parameters())
         if len(boxes[0]):
             assert all(value > 0 for found in losses.values() for value in found.values())
+            halved = model.losses(pyramids, outputs, boxes, labels, average=lambda totals: 2 * totals)
+            for branch, part in ((branch, part) for branch in losses for part in parts):
+                torch.testing.assert_close(halved[branch][part], losses[branch][part] / 2)
 
     nn.init.constant_(model.head.cls_logits.bias, 0.0)  # so that there is something to find
     model.eval()
