@@ -68,7 +68,7 @@ def test_pyramids_must_have_the_same_levels(name):
 def test_ramp_by_hand():
     assert [ramp(t) for t in (0, 1, 125, 250, 499, 500, 501, 90_000)] == [0, 0.002, 0.25, 0.5, 0.998, 1, 1, 1]
     assert [ramp(t, 50) for t in (0, 10, 50, 60)] == [0, 0.2, 1, 1]
-    assert ramp(0, 0) == 1 and RAMP == 500
+    assert ramp(0, 0) == ramp(9, 0) == 1 and RAMP == 500
 
 
 def test_a_frozen_teacher_is_the_same_to_the_bit_after_a_training_step():

@@ -166,8 +166,12 @@ def test_folding_batchnorm_changes_nothing_but_the_work(kind, backbone):
 def test_weights_cast_once_give_what_autocast_gives_to_the_bit(head):
     model = tiny_model("teacher", head=head)
     images = torch.randn(2, 3, 128, 192)
+    once = model.folded("bf16")
+    weights = [module.weight for module in once.modules() if isinstance(module, nn.Conv2d)]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert distillation.freeze(model, "bf16").fpn.p6.weight.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        (pyramids, outputs), (expected, expected_outputs) = model.folded("bf16")(images), model.folded()(images)
+        (pyramids, outputs), (expected, expected_outputs) = once(images), model.folded()(images)
     assert all(found.equal(wanted) for found, wanted in zip(pyramids["fused"], expected["fused"], strict=True))
     assert all(outputs["fused"][name].equal(value) for name, value in expected_outputs["fused"].items())
 
