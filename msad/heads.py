@@ -37,7 +37,7 @@ def tower(in_channels, channels, convs, norm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, where it is fast and small."""
+    """PyTorch's GroupNorm, kept in bf16 on CUDA, and in the memory layout that is fast on a CPU."""
 
     def forward(self, x):
         if x.is_cuda and x.dtype == torch.bfloat16:
@@ -77,15 +77,15 @@ def focal_loss(logits, labels):
     correction at the few logits of an object: the same sum, and no targets as large as the logits are needed.
     """
     classes = logits.shape[-1]
-    absent = AbsentLoss.apply(logits) if logits.is_cuda else loss_of_absent(full(logits)).sum(-1)
+    absent = AbsentLoss.apply(logits) if logits.is_cuda else loss_of_absent(upcast(logits)).sum(-1)
     everywhere = (absent * (labels >= 0)).sum()
-    own = full(logits.gather(-1, labels.clamp(0, classes - 1)[..., None]).squeeze(-1))
+    own = upcast(logits.gather(-1, labels.clamp(0, classes - 1)[..., None]).squeeze(-1))
     present = ALPHA * (1 - own.sigmoid()) ** 2 * F.softplus(-own)
     return everywhere + ((present - loss_of_absent(own)) * find_objects(labels, classes)).sum()
 
 
-def full(logits):
-    """Logits at float32, if they are in bf16."""
+def upcast(logits):
+    """Logits in float32 if they are in bf16, else as they are."""
     return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
@@ -102,14 +102,14 @@ class AbsentLoss(torch.autograd.Function):
     @staticmethod
     def forward(context, logits):
         context.save_for_backward(logits)
-        return torch.stack([loss_of_absent(full(image)).sum(-1) for image in logits])
+        return torch.stack([loss_of_absent(upcast(image)).sum(-1) for image in logits])
 
     @staticmethod
     def backward(context, gradient):
         (logits,) = context.saved_tensors
         result = torch.empty_like(logits)
         for image, above, out in zip(logits, gradient, result):
-            x = full(image)
+            x = upcast(image)
             p = x.sigmoid()
             # The derivatives of p^2 and of softplus are 2 p^2 (1 - p) and p.
             out.copy_((1 - ALPHA) * p**2 * (2 * (1 - p) * F.softplus(x) + p) * above[:, None])
