@@ -13,7 +13,6 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from msad import align, distillation, models
-from msad.data.annotations import check_classes
 from msad.data.dataset import CocoDataset, open_data
 from msad.data.errors import InputError, checkpoint_errors
 from msad.engine import checkpoint, drawing, evaluation, processes
@@ -54,12 +53,12 @@ def main():
     # Data: in training what the teacher sees; in evaluation the student reads images straight at low resolution.
     with processes.main_first():
         train, val = open_data(settings.data)
+    train, val = (split.with_classes(teacher.config.classes, settings.teacher) for split in (train, val))
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
     high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
     low_set = CocoDataset(val, (settings.test_side,), settings.long_side, settings.downsample)
 
     # Models and optimizer.
-    check_classes("the data", train.classes, "the teacher", teacher.config.classes)
     student = checkpoint.restore(saved, out / "last.pt") if saved else new_student(settings, teacher)
     layout = processes.training_layout(device, settings.precision)
     network = processes.parallel(student.to(device, memory_format=layout), settings.norm)

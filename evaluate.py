@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from msad.data.annotations import check_classes
 from msad.data.dataset import CocoDataset, open_data
 from msad.data.errors import InputError, checkpoint_errors, write_errors
 from msad.engine import checkpoint, drawing, evaluation, export, processes
@@ -72,7 +71,7 @@ def main():
 
     with processes.main_first():
         (annotations,) = open_data(data_of(args, content), ["val"])
-    check_classes("the data", annotations.classes, "the checkpoint", model.config.classes)
+    annotations = annotations.with_classes(model.config.classes, args.ckpt)
     dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.downsample)
     results = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)
     if not processes.is_main():
@@ -129,7 +128,8 @@ def choose_columns(args, model, name, branches, device):
     if not args.teacher:
         return drawing.columns_of(name, model, branches)
     teacher = checkpoint.load(args.teacher, device, want="teacher")
-    check_classes("the teacher", teacher.config.classes, "the checkpoint", model.config.classes)
+    if tuple(teacher.config.classes) != tuple(model.config.classes):
+        raise InputError(f"{args.teacher}: has other classes than {args.ckpt}; choose a teacher of the same data")
     return drawing.compare_columns(teacher, model, branches)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from torch.nn.utils import clip_grad_norm_
 
 from msad import models
-from msad.data.annotations import check_classes
 from msad.data.dataset import CocoDataset, open_data
 from msad.data.errors import InputError
 from msad.engine import checkpoint, drawing, processes
@@ -50,7 +49,7 @@ def main():
         train, val = open_data(settings.data)
     if saved:
         model = checkpoint.restore(saved, out / "last.pt")
-        check_classes("the data", train.classes, "the checkpoint", model.config.classes)
+        train, val = (split.with_classes(model.config.classes, out / "last.pt") for split in (train, val))
     else:
         model = models.build(model_config(settings, kind, train.classes))
         if settings.weights != "none":

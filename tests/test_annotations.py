@@ -2,14 +2,16 @@
 
 import copy
 import json
+import os
 import random
-import unicodedata
+import shutil
 
 import numpy as np
 import pytest
 from folders import annotation_path, random_content, write
 
 from msad.data import annotations
+from msad.data.dataset import open_data
 from msad.data.errors import InputError
 
 
@@ -38,7 +40,7 @@ def error_of(data, split="train"):
     return message
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_packed_arrays_equal_a_plain_reading(tmp_path, seed):
     content = random_content(seed)
     write(tmp_path, content)
@@ -62,15 +64,16 @@ def test_crowd_flags_are_read_however_they_are_written(tmp_path, written, crowd)
     assert (annotations.read(tmp_path, "train").crowd == crowd).all()
 
 
-def test_names_may_be_foreign_or_in_subfolders(tmp_path):
+def test_names_may_be_foreign_no_utf_8_or_in_subfolders(tmp_path):
+    """A byte that is no UTF-8 (of an old archive) stands in JSON as half a pair of surrogates, as Python writes it."""
     content = random_content(0)
-    names = ["été/雪 1.png", "a b.png", "sub/x/ü.png", "Ω.png", "'q\".png", "plain.png"]
+    names = ["été/雪 1.png", "a b.png", "sub/x/ü.png", "bille\udce9.png", "'q\".png", "sub\udce9/plain.png"]
     for image, name in zip(content["images"], names):
         image["file_name"] = name
     write(tmp_path, content)
     read = annotations.read(tmp_path, "train")
     assert [read.path(i) for i in range(6)] == [tmp_path / "train" / name for name in names]
-    assert all(read.path(i).is_file() for i in range(6))
+    assert all(read.path(i).is_file() for i in range(6)) and b"bille\xe9.png" in os.listdir(bytes(tmp_path / "train"))
 
 
 def test_linked_folders_and_files_are_read_from_where_their_names_lead(tmp_path):
@@ -111,8 +114,9 @@ def test_suffix_of_the_file_names_the_folder(tmp_path):
     write(tmp_path, random_content(0), "val2014")
     assert "instances_val*.json: 2 files" in error_of(tmp_path, "val")
     assert f"instances_train*.json: no such file, and no {tmp_path}/train/_annotations.coco.json" in error_of(tmp_path)
-    (tmp_path / "annotations" / "instances_train.json").write_text("{}")
-    assert f"{tmp_path / 'train'}: no such folder" in error_of(tmp_path)
+    write(tmp_path, random_content(0))
+    shutil.rmtree(tmp_path / "train")
+    assert f"{tmp_path / 'train'}: cannot be read (No such file or directory)" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("first", [2**53 + 1, 2**63 - 3, 2**64 + 1, -(2**60) - 1])
@@ -185,16 +189,43 @@ def test_a_box_partly_outside_is_kept_as_annotated(tmp_path):
     assert read.skipped == {} and packed(read) == plainly(content)
 
 
-@pytest.mark.parametrize("area", [NAN, -1, INF, None, "absent"])
-def test_an_area_that_is_no_area_is_the_box_s(tmp_path, area):
-    content = random_content(1)
+@pytest.mark.parametrize("area", [NAN, None, "absent", -1, INF, 0, 1.0, 0.39, 1e12, 60 * 40 * 1.02])
+def test_an_area_that_cannot_be_is_the_box_s(tmp_path, area):
+    content = random_content(1, sides=(100, 120))
     chosen = content["annotations"][7]
-    chosen.update(area=area)
+    chosen.update(area=area, bbox=[10, 8, 60, 40])
     if area == "absent":
         del chosen["area"]
     write(tmp_path, content)
-    chosen["area"] = chosen["bbox"][2] * chosen["bbox"][3]
-    assert packed(annotations.read(tmp_path, "train")) == plainly(content)
+    chosen["area"] = 60 * 40
+    read = annotations.read(tmp_path, "train")
+    assert packed(read) == plainly(content)
+    told = "; 1 areas cannot be their boxes': width times height stands for them" in read.summary()
+    assert told == (area not in (None, "absent") and area == area), "what is missing is no fault"
+
+
+def test_an_area_that_can_be_is_believed(tmp_path):
+    content = random_content(1, sides=(100, 120))
+    for a, area in zip(content["annotations"], (2410, 2400, 1000, 40, 3)):
+        a.update(area=area, bbox=[10, 8, 60, 40])
+    write(tmp_path, content)
+    read = annotations.read(tmp_path, "train")
+    assert packed(read) == plainly(content) and read.wrong_areas == 0
+
+
+def test_boxes_that_are_there_twice_are_counted(tmp_path):
+    content = random_content(1, sides=(100, 120))
+    boxes = content["annotations"]
+    boxes[0].update(bbox=[10, 8, 60, 40], category_id=3)
+    other = next(i["id"] for i in content["images"] if i["id"] != boxes[0]["image_id"])
+    write(tmp_path, content)
+    assert "twice" not in annotations.read(tmp_path, "train").summary()
+    boxes += [boxes[0] | {"category_id": 17}, boxes[0] | {"image_id": other}, boxes[0] | {"bbox": [12, 8, 60, 40]}]
+    write(tmp_path, content)
+    assert "twice" not in annotations.read(tmp_path, "train").summary(), "another class, image or place"
+    boxes += [boxes[0], boxes[0] | {"bbox": [10.2, 8, 59.9, 40.1]}]
+    write(tmp_path, content)
+    assert "; 2 boxes are there twice" in annotations.read(tmp_path, "train").summary()
 
 
 def set_in(key, index, **values):
@@ -205,6 +236,8 @@ BROKEN = {
     "empty file": (lambda content: b"", "is empty"),
     "half a file": (lambda content: json.dumps(content).encode()[:-40], "not valid JSON"),
     "not text": (lambda content: b"\xff\xfe\x00\x01\x80", "not valid JSON"),
+    "Latin 1": (lambda content: '{"images": "été"}'.encode("latin1"), "not valid JSON (UnicodeDecodeError"),
+    "Git LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
     "endless nesting": (lambda content: b"[" * 200_000, "not valid JSON"),
     "a list": (lambda content: b"[1, 2]", "top level"),
     "no images key": (lambda content: content.pop("images"), "no list 'images'"),
@@ -269,56 +302,87 @@ def test_boxes_of_three_and_five_numbers_do_not_make_up_for_each_other(tmp_path)
     assert "annotations[3]: field 'bbox' is [1, 2, 3]" in error_of(tmp_path)
 
 
-def test_a_missing_image_is_named_and_missing_ones_counted(tmp_path):
-    content = random_content(3)
-    write(tmp_path, content)
-    for image in content["images"][2:4]:
-        (tmp_path / "train" / image["file_name"]).unlink()
-    message = error_of(tmp_path)
-    assert str(tmp_path / "train" / content["images"][2]["file_name"]) in message and "2 of 6 images" in message
-
-
-NFC, NFD = (unicodedata.normalize(form, "été Å.png") for form in ("NFC", "NFD"))
-LOOK_ALIKES = {  # the name in the file -> the file that is there
-    "sub\\deep\\a.png": "sub/deep/a.png",
-    "C:\\data\\train\\a.png": "a.png",
-    "a%20b%23.png": "a b#.png",
-    "%C3%A9t%C3%A9.png": "été.png",
-    "sub\\a%20b.png": "sub/a b.png",
-    NFC: NFD,
-    NFD: NFC,
-    "IMG_1.JPG": "IMG_1.jpg",
-    "img_1.jpg": "IMG_1.JPG",
-    "train2017/a.png": "a.png",
-    "data/images/a.png": "a.png",
-    f"sub/{NFC}": f"sub/{NFD}",
-    f"{NFD}/a.png": f"{NFC}/a.png",
-    "sub/A.png": "sub/a.png",
-    "SUB/a.png": "sub/a.png",
-    "train\\sub\\a.png": "sub/a.png",
-    "a b.png": "a%20b.png",
-    "..\\train\\a.png": "a.png",
-    "..\\train\\sub\\A%20.png": "sub/a .png",
-}
-
-
-@pytest.mark.parametrize("name, present", LOOK_ALIKES.items())
-def test_a_file_whose_name_differs_in_spelling_only_is_named(tmp_path, name, present):
-    content = random_content(3)
-    content["images"][2]["file_name"] = present
-    write(tmp_path, content)
-    content["images"][2]["file_name"] = name
+@pytest.mark.parametrize(
+    "name, there",
+    [
+        ("000001", "000001.jpg"),  # the ending is missing
+        ("IMG_1.JPG", "IMG_1.jpg"),
+        ("a.jpg", "a.png"),
+        ("train2017/a.png", "a.png"),
+        ("cut \ud83d.png", "nothing"),  # half an emoji, which no file name can have
+        ("x" * 300, "nothing"),
+        ("a\0b.png", "nothing"),
+        ("", "a.png"),
+        (".", "a.png"),
+    ],
+)
+def test_a_missing_image_is_named_and_counted_with_what_is_there(tmp_path, name, there):
+    content = random_content(3, images=3)
+    for image, other in zip(content["images"], (name, name + "2", there)):
+        image["file_name"] = other
+    write(tmp_path, {"images": content["images"][2 if there != "nothing" else 3 :]})
     annotation_path(tmp_path).write_text(json.dumps(content))
-    message = error_of(tmp_path)
-    assert f"missing (1 of 6 images of instances_train.json are); {present!r} is there" in message
+    missing = 2 if there != "nothing" else 3
+    expected = f"{missing} of 3 images are missing, such as {name!r}; {tmp_path / 'train'} has {there!r}: correct the"
+    assert expected in error_of(tmp_path)
 
 
-def test_a_name_like_no_other_has_no_look_alike(tmp_path):
+def test_half_an_emoji_in_the_name_of_a_class_becomes_text(tmp_path):
     content = random_content(3)
+    content["categories"][0]["name"] = "cut \ud83d"
     write(tmp_path, content)
-    content["images"][2]["file_name"] = "1" + content["images"][1]["file_name"]
-    annotation_path(tmp_path).write_text(json.dumps(content))
-    assert "is there" not in error_of(tmp_path)
+    assert annotations.read(tmp_path, "train").classes[1] == {"id": 17, "name": "cut \\ud83d"}
+
+
+def test_a_file_in_utf_16_is_read(tmp_path):
+    write(tmp_path, random_content(3))
+    annotation_path(tmp_path).write_text(json.dumps(random_content(3)), "utf-16")
+    assert packed(annotations.read(tmp_path, "train")) == plainly(random_content(3))
+
+
+def test_more_classes_than_16_bits_can_count(tmp_path):
+    content = random_content(3)
+    content["categories"] += [{"id": 1000 + k, "name": "more"} for k in range(40_000)]
+    content["annotations"][0]["category_id"] = 40_999
+    write(tmp_path, content)
+    read = annotations.read(tmp_path, "train")
+    assert packed(read) == plainly(content) and read.labels.max() == 40_002
+
+
+def categories(*names):
+    return [{"id": 3 + k, "name": name} for k, name in enumerate(names) if name]
+
+
+@pytest.mark.parametrize(
+    "train, val, fits",
+    [
+        (categories("cat", "dog", "owl"), categories("cat", "dog", "owl"), True),
+        (categories("cat", "dog", "owl"), categories(None, "dog", "owl"), True),
+        (categories("cat", "dog", "owl"), categories(None, "dog", "owl", "no box has it"), True),
+        (categories("cat", "dog", "owl"), categories("no box has it", "dog", "owl"), True),
+        (categories("cat", "dog", "owl"), categories("cat", "owl", "dog"), False),
+        (categories("cat", "dog", "owl"), categories("dog", "owl"), False),
+        (categories("cat", "dog"), categories("cat", "dog", "owl"), False),
+    ],
+)
+def test_a_split_s_labels_are_the_training_split_s_where_its_boxes_have_these_classes(tmp_path, train, val, fits):
+    content = random_content(3)
+    for a in content["annotations"]:
+        a["category_id"] = [c["id"] for c in val if c["name"] in ("dog", "owl")][a["id"] % 2]
+    named = {c["id"]: c["name"] for c in val}
+    expected = {a["id"]: named[a["category_id"]] for a in content["annotations"]}
+    write(tmp_path, random_content(3) | {"categories": train, "annotations": []})
+    write(tmp_path, content | {"categories": val}, "val")
+    if not fits:
+        with pytest.raises(InputError) as caught:
+            open_data(tmp_path)
+        files = [str(annotation_path(tmp_path, split)) for split in ("val", "train")]
+        assert all(file in str(caught.value) for file in files) and "give both the same categories" in str(caught.value)
+        return
+    first, second = open_data(tmp_path)
+    assert second.classes == first.classes == tuple(train)
+    boxes = sorted(content["annotations"], key=lambda a: [i["id"] for i in content["images"]].index(a["image_id"]))
+    assert [second.classes[label]["name"] for label in second.labels] == [expected[a["id"]] for a in boxes]
 
 
 @pytest.mark.parametrize("inside", ["sub/../a.png", "sub/../../train/a.png", "..", "linked/../a.png"])
@@ -358,60 +422,65 @@ def boxes_written(convert, images=20, sides=(200, 300), largest=1.0, seed=0, wid
     return content
 
 
-FRACTIONS = "60 of 60 boxes lie between 0 and 1, as fractions do"
-CORNERS, CENTRES = "as x1, y1, x2, y2 would", "as centre x, centre y, width, height would"
+SMALL, LEAVE = "60 of 60 boxes lie between 0 and ", " of 60 boxes leave their image or have negative sides"
 WRONG_UNITS = {
-    "fractions": (lambda x, y, X, Y, w, h: (x / w, y / h, (X - x) / w, (Y - y) / h), FRACTIONS),
-    "fractions of corners": (lambda x, y, X, Y, w, h: (x / w, y / h, X / w, Y / h), FRACTIONS),
-    "fractions of centres": (
-        lambda x, y, X, Y, w, h: ((x + X) / w / 2, (y + Y) / h / 2, X / w - x / w, Y / h - y / h), FRACTIONS,
-    ),
-    "fractions without extent": (lambda x, y, X, Y, w, h: (x / w, y / h, 0, 0), FRACTIONS),
-    "fractions a little outside": (lambda x, y, X, Y, w, h: (x / w - 0.01, y / h, (X - x) / w, (Y - y) / h), FRACTIONS),
-    "corners": (lambda x, y, X, Y, w, h: (x, y, X, Y), CORNERS),
-    "corners counted from 1": (lambda x, y, X, Y, w, h: (x + 1, y + 1, X, Y), CORNERS),
-    "corners counted to the next pixel": (lambda x, y, X, Y, w, h: (x + 1, y + 1, X + 1, Y + 1), CORNERS),
-    "centres": (lambda x, y, X, Y, w, h: ((x + X) / 2, (y + Y) / 2, X - x, Y - y), CENTRES),
-    "whole centres": (lambda x, y, X, Y, w, h: ((x + X) // 2, (y + Y) // 2, X - x, Y - y), CENTRES),
-    "percentages": (
-        lambda x, y, X, Y, w, h: (100 * x / w, 100 * y / h, 100 * (X - x) / w, 100 * (Y - y) / h),
-        "60 boxes lie between 0 and 100, as",
-    ),
-    "twice as large": (
-        lambda x, y, X, Y, w, h: (2 * x, 2 * y, 2 * (X - x), 2 * (Y - y)), "as pixels of a picture twice as large would"
-    ),
-    "y first": (lambda x, y, X, Y, w, h: (y, x, Y - y, X - x), "as y, x, height, width would"),
-    "y first, corners": (lambda x, y, X, Y, w, h: (y, x, Y, X), "as y1, x1, y2, x2 would"),
-}  # fmt: skip
+    "fractions": (lambda x, y, X, Y, w, h: (x / w, y / h, (X - x) / w, (Y - y) / h), SMALL + "1"),
+    "fractions of corners": (lambda x, y, X, Y, w, h: (x / w, y / h, X / w, Y / h), SMALL + "1"),
+    "fractions without extent": (lambda x, y, X, Y, w, h: (x / w, y / h, 0, 0), SMALL + "1"),
+    "fractions a little outside": (lambda x, y, X, Y, w, h: (x / w - 0.01, y / h, X / w - x / w, 0.3), SMALL + "1"),
+    "percentages": (lambda x, y, X, Y, w, h: (100 * x / w, 100 * y / h, 99 - 99 * x / w, 99 - 99 * y / h), SMALL + "100"),
+    "thousandths": (lambda x, y, X, Y, w, h: (1000 * x / w, 1000 * y / h, 1000 - 999 * x / w, 900), LEAVE),
+    "corners": (lambda x, y, X, Y, w, h: (x, y, X, Y), LEAVE),
+    "corners, y first": (lambda x, y, X, Y, w, h: (y, x, Y, X), LEAVE),
+    "corners in two of three images": (lambda *b: b[:4] if b[-1] % 3 else plain(*b), LEAVE),
+    "lower right corners": (lambda x, y, X, Y, w, h: (X, Y, X - x, Y - y), LEAVE),
+    "centres": (lambda x, y, X, Y, w, h: ((x + X) / 2, (y + Y) / 2, X - x, Y - y), LEAVE),
+    "centred on the middle": (lambda x, y, X, Y, w, h: (x - w / 2, y - h / 2, X - x, Y - y), LEAVE),
+    "of an image half as large again": (lambda x, y, X, Y, w, h: (1.5 * x, 1.5 * y, 1.5 * (X - x), 1.5 * (Y - y)), LEAVE),
+    "times the sides": (lambda x, y, X, Y, w, h: (x * w, y * h, X * w - x * w, Y * h - y * h), LEAVE),
+    "y from below": (lambda x, y, X, Y, w, h: (x, h - y, X - x, y - Y), LEAVE),
+    "x from the right": (lambda x, y, X, Y, w, h: (w - x, y, x - X, Y - y), LEAVE),
+    "of other tiles": (lambda x, y, X, Y, w, h: (x + w * (x % 3 - 1), y, X - x, Y - y), LEAVE),
+}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", WRONG_UNITS)
-def test_boxes_in_other_units_are_refused_with_the_likely_cause(tmp_path, case, seed):
-    convert, cause = WRONG_UNITS[case]
-    content = boxes_written(convert, seed=seed) if "y first" not in case else boxes_written(convert, seed=seed, wide=2)
+def test_boxes_in_other_units_are_refused_with_their_number_and_an_example(tmp_path, case, seed):
+    convert, words = WRONG_UNITS[case]
+    content = boxes_written(convert, seed=seed)
     write(tmp_path, content)
     message = error_of(tmp_path)
-    assert f"{annotation_path(tmp_path)}: " in message and cause in message
+    assert f"{annotation_path(tmp_path)}: " in message and words in message
     assert "COCO's bbox is [x, y, width, height] in pixels" in message
+    box = json.loads(message[message.index("such as ") + 8 : message.index(" in one of ")])
+    assert box in [a["bbox"] for a in content["annotations"]]
 
 
-def test_a_single_box_and_most_boxes_can_be_fractions(tmp_path):
+def test_most_boxes_below_a_pixel_or_a_fifth_outside_are_too_many_and_fewer_are_not(tmp_path):
     content = boxes_written(WRONG_UNITS["fractions"][0])
-    for number in range(25):  # the rest is right, or unusable
-        content["annotations"][number]["bbox"] = [[5, 5, 9, 9], [5, 5, 0, 9]][number % 2]
+    boxes = content["annotations"]
+    for number in range(29):  # the rest is right, or unusable
+        boxes[number]["bbox"] = [[5, 5, 9, 9], [5, 5, 0, 9]][number % 2]
     write(tmp_path, content)
-    assert "35 of 60 boxes lie between 0 and 1" in error_of(tmp_path)
-    content["annotations"] = content["annotations"][-1:]
+    assert "31 of 60 boxes lie between 0 and 1" in error_of(tmp_path)
+    boxes[29]["bbox"] = [5, 5, 9, 9]
     write(tmp_path, content)
-    assert "1 of 1 boxes lie between 0 and 1" in error_of(tmp_path)
+    assert len(annotations.read(tmp_path, "train").boxes) == 60 - 14
+    for number, a in enumerate(boxes):
+        a["bbox"] = [900, 5, 9, 9] if number % 5 == 0 else [5, 5, 9, 9]
+    boxes[1].update(image_id=12345)  # of 59 that can be judged
+    write(tmp_path, content)
+    assert "12 of 59 boxes leave their image" in error_of(tmp_path)
+    boxes[0]["bbox"] = [5, 5, 9, 9]
+    write(tmp_path, content)
+    assert annotations.read(tmp_path, "train").skipped == {"boxes outside their image": 11, "of unknown images": 1}
 
 
-@pytest.mark.parametrize("case", ["corners", "centres"])
-def test_three_boxes_that_all_leave_their_image_are_enough(tmp_path, case):
+@pytest.mark.parametrize("case", ["corners", "centres", "fractions"])
+def test_of_three_boxes_all_three_are_enough(tmp_path, case):
     write(tmp_path, boxes_written(lambda x, y, X, Y, w, h: WRONG_UNITS[case][0](w // 2, h // 2, w, h, w, h), images=1))
-    message = error_of(tmp_path)
-    assert "3 of 3 boxes leave their image" in message and WRONG_UNITS[case][1] in message
+    assert "3 of 3 boxes " in error_of(tmp_path)
 
 
 plain = lambda x, y, X, Y, w, h: (x, y, X - x, Y - y)
@@ -420,24 +489,15 @@ RIGHT = {
     "small": boxes_written(plain, largest=0.01),
     "small images": boxes_written(plain, sides=(1, 9)),
     "one image": boxes_written(plain, images=1),
+    "no box": boxes_written(plain, images=1) | {"annotations": []},
     "counted from 1": boxes_written(lambda x, y, X, Y, w, h: (x + 1, y + 1, X - x, Y - y)),
     "the whole image": boxes_written(lambda x, y, X, Y, w, h: (0, 0, w, h)),
     "the lower right corner": boxes_written(lambda x, y, X, Y, w, h: (w - X / 5, h - Y / 5, X / 5, Y / 5)),
     "the upper left corner, larger than its place": boxes_written(lambda x, y, X, Y, w, h: (1, 1, w / 2, h / 2)),
     "a little outside all around": boxes_written(lambda x, y, X, Y, w, h: (x - 3, y - 3, X - x + 6, Y - y + 6)),
-    "far outside, now and then": boxes_written(lambda x, y, X, Y, w, h: (x, y, X - x + w * ((x + y) % 10 == 0), Y - y)),
-    "far outside, mostly": boxes_written(
-        lambda x, y, X, Y, w, h: (0.3 * w, 0.3 * h, 0.9 * w, 0.9 * h) if (x + y) % 5 < 3 else (0.8 * w, 0.8 * h, 5, 5)
-    ),
-    "far outside, mostly, in an image of twice the width": boxes_written(
-        lambda x, y, X, Y, w, h: (0.9 * w, 0.3 * h, 0.2 * w, 0.5 * h) if (x + y) % 2 else (x, y, X - x, Y - y), wide=2
-    ),
+    "far outside, now and then": boxes_written(lambda x, y, X, Y, w, h: (x, y, X - x + w * (x % 10 == 0), Y - y)),
     "a corner of the images": boxes_written(lambda x, y, X, Y, w, h: (20, 15, 60, 40)),
     "another corner of the images": boxes_written(lambda x, y, X, Y, w, h: (15, 10, 60, 85)),
-    "of other tiles, a third": boxes_written(
-        lambda x, y, X, Y, w, h: (x + w * {0: 1, 1: -1}.get(x % 6, 0), y, X - x, Y - y)
-    ),
-    "around the whole image": boxes_written(lambda x, y, X, Y, w, h: (-0.2 * w, -0.2 * h, 1.4 * w, 1.4 * h)),
     "half of a pixel, some": boxes_written(lambda *box: (0, 0, 0.5, 0.5) if sum(box[:2]) % 3 == 0 else plain(*box)),
 }  # fmt: skip
 
@@ -447,7 +507,7 @@ def test_boxes_in_pixels_are_not_taken_for_other_units(tmp_path, case):
     write(tmp_path, RIGHT[case])
     read = annotations.read(tmp_path, "train")
     assert len(read.boxes) + sum(read.skipped.values()) == len(RIGHT[case]["annotations"])
-    assert sum(read.skipped.values()) <= (40 if "tiles" in case else 2)  # counted from 1, a box may lie outside
+    assert sum(read.skipped.values()) <= 2  # counted from 1, a box may lie outside
 
 
 @pytest.mark.parametrize("box", [[3, 4, 10, 12], [0, 0, 2, 2], [10, 10, 500, 500], [20, 20, 30, 31]])
@@ -456,15 +516,6 @@ def test_a_single_box_is_taken_as_it_is(tmp_path, box):
     content["annotations"] = [{"image_id": content["images"][0]["id"], "category_id": 3, "bbox": box}]
     write(tmp_path, content)
     assert annotations.read(tmp_path, "train").boxes.tolist() == [[box[0], box[1], box[0] + box[2], box[1] + box[3]]]
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "a\nb.png", "a\0b.png", "\ud800.png", "", "."])
-def test_names_no_file_can_have_are_refused_in_one_line(tmp_path, name):
-    content = random_content(3)
-    write(tmp_path, content)
-    content["images"][0]["file_name"] = name
-    annotation_path(tmp_path).write_text(json.dumps(content))
-    assert str(tmp_path) in error_of(tmp_path)
 
 
 STRANGE = (None, "", "x", -1, 0, 0.5, 3, True, NAN, INF, 1e300, 10**400, [], {}, [[1]], {"id": 3}, "é", 2**62)
@@ -502,7 +553,7 @@ def test_random_edits_give_a_sound_result_or_one_clear_line(tmp_path):
     write(tmp_path, content)
     sound = 0
     with np.errstate(all="ignore"):
-        for _ in range(600):
+        for _ in range(200):
             text = edited(content, rng)
             write(tmp_path, text)
             try:
@@ -517,4 +568,4 @@ def test_random_edits_give_a_sound_result_or_one_clear_line(tmp_path):
             assert np.isfinite(read.boxes).all() and (read.boxes[:, 2:] >= read.boxes[:, :2]).all()
             assert ((read.labels >= 0) & (read.labels < len(read.classes))).all() and (read.sizes > 0).all()
             assert all(read.path(i).exists() for i in range(len(read)))
-    assert 50 < sound < 550, "the edits should neither all pass nor all fail"
+    assert 10 < sound < 190, "the edits should neither all pass nor all fail"

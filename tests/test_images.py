@@ -17,13 +17,13 @@ from msad.data.reading import read_image
 PIXELS = np.random.default_rng(0).integers(0, 256, (13, 18, 3), dtype=np.uint8)
 GREY = PIXELS[..., 0]
 BLOCKS = PIXELS[:2, :3].repeat(16, 0).repeat(16, 1)  # even blocks of 16 pixels, which JPEG keeps
-ROTATED = Image.Exif()
+ROTATED = Image.Exif()  # by EXIF's orientation 6
 ROTATED[0x0112] = 6
 
 
-def read(path, size=None, remarks=None):
+def read(path, size=None):
     """(h,w,3) integers."""
-    image = read_image(path, size, remarks)
+    image = read_image(path, size)
     assert image.dtype == torch.uint8 and image.shape[0] == 3
     return image.permute(1, 2, 0).numpy().astype(int)
 
@@ -81,15 +81,12 @@ def test_png_of_any_kind_gives_the_pixels_written(tmp_path, kind):
 RAMP = np.linspace(0, 1, 13 * 18).reshape(13, 18)
 DEPTHS = {  # values of more than 8 bits
     "16 bits": (RAMP * 65535).astype(np.uint16),
-    "12 of 16 bits": (RAMP * 4095).astype(np.uint16),
-    "10 of 16 bits, upside down": (RAMP[::-1] * 1023).astype(np.uint16),
+    "12 of 16 bits, upside down": (RAMP[::-1] * 4095).astype(np.uint16),
     "a thermal camera's": (7000 + RAMP * 1500).astype(np.uint16),
     "two values": (RAMP > 0.3).astype(np.uint16),
     "signed": (RAMP * 3000 - 1000).astype(np.int32),
-    "32 bits, 0 to 255": (RAMP * 255).astype(np.int32),
     "32 bits, 0 to 65535": (RAMP * 65535).astype(np.int32),
     "floats, 0 to 1": RAMP.astype(np.float32),
-    "floats, 0 to 255": (RAMP * 255).astype(np.float32),
     "floats, 0 to 65535": (RAMP * 65535).astype(np.float32),
     "floats, degrees": (RAMP * 60 - 20).astype(np.float32),
     "floats, tiny": (RAMP * 1e-7).astype(np.float32),
@@ -117,7 +114,7 @@ def test_more_than_8_bits_are_stretched_to_the_whole_range(tmp_path, kind):
 
 
 def test_12_bit_pnm_and_big_endian_files_are_stretched_too(tmp_path):
-    values = DEPTHS["12 of 16 bits"]
+    values = DEPTHS["12 of 16 bits, upside down"]
     (tmp_path / "a.pgm").write_bytes(b"P5 18 13 4095\n" + values.astype(">u2").tobytes())
     assert_stretched(tmp_path / "a.pgm", np.floor(values * (65535 / 4095) + 0.5))  # Pillow's scale
     (tmp_path / "b.pfm").write_bytes(b"Pf\n18 13\n-1.0\n" + RAMP[::-1].astype("<f4").tobytes())
@@ -127,6 +124,10 @@ def test_12_bit_pnm_and_big_endian_files_are_stretched_too(tmp_path):
     header = b"MM\0*" + struct.pack(">IH", 8, 8) + entries + bytes(4)
     (tmp_path / "c.tif").write_bytes(header + values.astype(">u2").tobytes())
     assert_stretched(tmp_path / "c.tif", values)
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def of_16_bits(kind, values):
@@ -144,16 +145,10 @@ def of_16_bits(kind, values):
 
 
 @pytest.mark.parametrize("kind, bands", [("PNG", 2), ("PNG", 3), ("PNG", 4), ("TIFF", 3)])
-def test_of_16_bit_colours_the_upper_8_are_read_and_values_below_them_refused(tmp_path, kind, bands):
-    path, values = tmp_path / "a", np.random.default_rng(0).integers(0, 65536, (13, 18, bands)).astype("<u2")
-    values[..., 3:] = 65535
-    path.write_bytes(of_16_bits(kind, values))
-    assert (read(path) == (values[..., :3] if bands > 2 else values[..., [0, 0, 0]]) // 256).all()
-    for bits in (8, 12, 14):
-        narrow = values >> (16 - bits)
-        narrow[..., 3:] = 65535
-        path.write_bytes(of_16_bits(kind, narrow))
-        assert_refused(path, "16-bit colours use the lower bits only")
+def test_of_16_bit_colours_the_upper_8_are_read(tmp_path, kind, bands):
+    values = np.random.default_rng(0).integers(0, 65536, (13, 18, bands)).astype("<u2")
+    (tmp_path / "a").write_bytes(of_16_bits(kind, values))
+    assert (read(tmp_path / "a") == (values[..., :3] if bands > 2 else values[..., [0, 0, 0]]) // 256).all()
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "RGB", "RGBA", "I;16", "I", "F"])
@@ -195,11 +190,13 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path, monkeypatch):
     for content in (b"", b"hello", whole[: len(whole) // 2], whole[:20], b"\x89PNG\r\n\x1a\n" + whole):
         path.write_bytes(content)
         assert_refused(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert_refused(path, "run git lfs pull")
     assert_refused(tmp_path)
     assert_refused(tmp_path / "absent.png")
     path.write_bytes(whole)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert_refused(path, "decompression bomb")
+    assert_refused(path, "exceeds limit of 200 pixels, could be decompression bomb DOS attack.); save it anew, smaller")
     for value in (np.nan, np.inf):
         Image.fromarray(np.array([[0, 1, value]], np.float32)).save(tmp_path / "a.tif")
         assert_refused(tmp_path / "a.tif", "not finite")
@@ -229,29 +226,20 @@ def after(entries):
 
 TURNED = entry(0x0112, 3, 1, b"\6\0\0\0")
 DAMAGED_EXIF = {  # -> whether the orientation, 6 in all of them, is still to be had
-    "header twice": (b"Exif\0\0" + exif(TURNED), True),
     "header alone": (b"Exif\0\0", False),
     "no TIFF": (b"Exif\0\0hello world, no TIFF at all", False),
     "cut off": (exif(TURNED, entry(0x010F, 2, 40, after(2)))[:-3], True),
-    "cut off within an entry": (exif(TURNED, TURNED)[:-14], True),
     "more entries than there are": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 500) + TURNED, True),
     "an IFD that follows itself": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + TURNED + struct.pack("<I", 8), True),
     "resolution n/0": (exif(TURNED, entry(0x011A, 5, 1, after(2)), tail=struct.pack("<II", 72, 0)), True),
-    "resolution as text": (exif(TURNED, entry(0x011A, 2, 4, b"72.\0")), True),
-    "resolution as text, first": (exif(entry(0x011A, 2, 4, b"72.\0"), TURNED), True),
-    "width as text": (exif(TURNED, entry(0x0100, 2, 4, b"abc\0")), True),
+    "resolution as text": (exif(entry(0x011A, 2, 4, b"72.\0"), TURNED), True),
     "unit as text": (exif(TURNED, entry(0x0128, 2, 4, b"two\0")), True),
     "an IFD outside": (exif(TURNED, entry(0x8769, 4, 1, struct.pack("<I", 99_999))), True),
     "GPS as text": (exif(TURNED, entry(0x8825, 2, 4, b"abc\0")), True),
     "longer than the file": (exif(TURNED, entry(0x927C, 7, 70_000, struct.pack("<I", 500))), True),
-    "an unknown kind": (exif(TURNED, entry(0x9999, 200, 1, b"abcd")), True),
     "a pair of orientations": (exif(entry(0x0112, 3, 2, b"\6\0\6\0")), True),
-    "orientation of 32 bits": (exif(entry(0x0112, 4, 1, b"\6\0\0\0")), True),
-    "orientation as float": (exif(entry(0x0112, 11, 1, struct.pack("<f", 6))), True),
     "orientation as text": (exif(entry(0x0112, 2, 2, b"6\0\0\0")), False),
-    "orientation as anything": (exif(entry(0x0112, 7, 1, b"\6\0\0\0")), False),
     "orientation n/0": (exif(entry(0x0112, 5, 1, after(1)), tail=struct.pack("<II", 6, 0)), False),
-    "no orientation in the entry": (exif(entry(0x0112, 3, 0, b"\6\0\0\0")), False),
     "no such orientation": (exif(entry(0x0112, 3, 1, b"\x42\0\0\0")), False),
 }
 
@@ -262,16 +250,12 @@ def test_pixels_are_read_under_damaged_exif_and_turned_where_it_tells(tmp_path, 
     block, turned = DAMAGED_EXIF[case]
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
     Image.fromarray(BLOCKS).save(tmp_path / "a", kind, exif=block, **options)
-    pixels = np.rot90(BLOCKS, -1) if turned else BLOCKS
-    assert np.abs(read(tmp_path / "a") - pixels.astype(int)).max() <= (3 if kind == "JPEG" else 0)
-
-
-@pytest.mark.parametrize("kind", ["WEBP", "PNG"])
-def test_damaged_exif_is_remarked_upon(tmp_path, kind):
-    Image.fromarray(BLOCKS).save(tmp_path / "a", kind, exif=DAMAGED_EXIF["no TIFF"][0])
-    remarks = []
-    read_image(tmp_path / "a", (32, 48), remarks)
-    assert len(remarks) == 1 and remarks[0].startswith("with damaged EXIF, so not turned (")
+    pixels = read(tmp_path / "a")
+    close = [
+        pixels.shape == expected.shape and np.abs(pixels - expected.astype(int)).max() <= (3 if kind == "JPEG" else 0)
+        for expected in (BLOCKS, np.rot90(BLOCKS, -1))
+    ]
+    assert sum(close) == 1 and close[1] == turned
 
 
 def test_xmp_tells_the_orientation_where_exif_does_not(tmp_path):
@@ -280,73 +264,14 @@ def test_xmp_tells_the_orientation_where_exif_does_not(tmp_path):
     assert (read(tmp_path / "a.webp") == np.rot90(PIXELS, -1)).all()
 
 
-def segments(jpeg):
-    """[(first byte, end)] of the bodies of a JPEG file's segments of metadata."""
-    found, at = [], 2
-    while jpeg[at + 1] != 0xDA:
-        length = int.from_bytes(jpeg[at + 2 : at + 4])
-        if jpeg[at + 1] >= 0xE0:
-            found.append((at + 4, at + 2 + length))
-        at += 2 + length
-    return found
-
-
-def test_random_damage_to_the_metadata_of_a_jpeg_never_costs_its_pixels(tmp_path):
-    rng, path = random.Random(0), tmp_path / "a.jpg"
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    options = {"icc_profile": profile, "dpi": (72, 72), "comment": b"hello", "quality": 95, "subsampling": 0}
-    options["xmp"] = b'<x:xmpmeta><rdf:Description tiff:Orientation="1"/></x:xmpmeta>'
-    whole = encoded(Image.fromarray(BLOCKS), "JPEG", exif=exif(TURNED, entry(0x010F, 2, 40, after(2))), **options)
-    several = encoded(Image.fromarray(BLOCKS), "MPO", save_all=True, append_images=[Image.fromarray(BLOCKS)])
-    for _ in range(300):
-        content = bytearray(rng.choice((whole, several)))
-        first, end = rng.choice(segments(content))
-        for _ in range(rng.choice((1, 2, 8))):
-            content[rng.randrange(first, end)] = rng.randrange(256)
-        path.write_bytes(content)
-        image = read(path)  # an orientation that was spoilt may be any other; colours may be stored in another way
-        assert image.shape in ((32, 48, 3), (48, 32, 3))
-
-
-def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_a_png_with_large_texts_and_a_large_profile_is_read(tmp_path, zipped):
-    noise = np.random.default_rng(0).integers(32, 127, 3_000_000, dtype=np.uint8).tobytes()
+def test_a_png_with_large_texts_and_a_large_profile_is_read(tmp_path):
+    noise = np.random.default_rng(0).integers(32, 127, 1_500_000, dtype=np.uint8).tobytes()
     info = PngImagePlugin.PngInfo()
-    info.add_text("one", noise.decode(), zip=zipped)
-    info.add_itxt("two", "é" * 2_000_000, zip=zipped)
-    if zipped:
-        for name in ("three", "four"):
-            info.add_text(name, "x" * 35_000_000, zip=True)
-    profile = bytes(1_500_000) + noise[:1_500_000]
-    Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=info, icc_profile=profile)
+    info.add_text("one", noise.decode(), zip=True)
+    info.add_itxt("two", "é" * 2_000_000, zip=True)
+    info.add_text("three", "x" * 70_000_000, zip=True)
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=info, icc_profile=bytes(1_500_000) + noise)
     assert (read(tmp_path / "a.png") == PIXELS).all()
-
-
-@pytest.mark.parametrize("before_the_pixels", [True, False])
-@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"gAMA", b"pHYs", b"tIME", b"prVt"])
-def test_a_png_whose_damage_is_in_its_metadata_is_read(tmp_path, kind, before_the_pixels):
-    """A wrong checksum, and a right one over rubbish; a sound orientation beside it counts."""
-    path, sound = tmp_path / "a.png", chunk(b"eXIf", ROTATED.tobytes())
-    png = encoded(Image.fromarray(PIXELS), "PNG")
-    at = 33 if before_the_pixels else len(png) - 12
-    for body in (b"a\0b", b"", b"\0" * 9):
-        whole = chunk(kind, body)
-        wrong = whole[:-1] + bytes([whole[-1] ^ 1])
-        for damaged in (whole, wrong):
-            path.write_bytes(png[:at] + damaged + png[at:])
-            assert (read(path) == PIXELS).all()
-            if kind != b"eXIf":
-                path.write_bytes(png[:33] + sound + png[33:at] + damaged + png[at:])
-                assert (read(path) == np.rot90(PIXELS, -1)).all()
-    path.write_bytes(png[:33] + sound[:-1] + b"?" + png[33:])
-    assert (read(path) == PIXELS).all()
-    for at in (29, png.index(b"IDAT") + 20):  # what is no metadata
-        path.write_bytes(png[:at] + bytes([png[at] ^ 1]) + png[at + 1 :])
-        assert_refused(path)
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -371,13 +296,13 @@ def test_a_jpeg_that_lacks_more_is_refused_or_its_pixels_are_as_they_were(tmp_pa
     content = encoded(Image.fromarray(PIXELS), "JPEG", quality=95)
     path.write_bytes(content)
     whole = read(path)
-    for missing in range(1, 200):
+    for missing in range(1, 200, 3):
         path.write_bytes(content[:-missing])
         try:
             assert (read(path) == whole).all(), missing
         except InputError:
             refused += 1
-    assert refused > 190
+    assert refused > 60
 
 
 def test_a_png_that_lacks_nothing_but_its_end_is_read(tmp_path):
@@ -389,37 +314,23 @@ def test_a_png_that_lacks_nothing_but_its_end_is_read(tmp_path):
     assert_refused(tmp_path / "a.png")
 
 
-SQUARE = PIXELS[:, :13]
-BOTH = "turned as their EXIF says; their boxes would fit the picture as it is stored, too"
-STORED = "left as they are stored: their annotations have that size, and not the one EXIF says"
-
-
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_where_two_readings_fit_the_annotations_the_one_that_was_taken_is_remarked(
-    tmp_path, orientation, kind, options
-):
-    """Pillow turns a TIFF, and no other file, while it reads it."""
-    block = Image.Exif()
-    block[0x0112] = orientation
-    across = orientation > 4
-    for name, pixels in {"oblong": PIXELS, "square": SQUARE}.items():
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png", kind, exif=block, **options)
-    turn = UPRIGHT[orientation]
-    cases = [  # the file, the annotated size, what is read, what is remarked
-        ("oblong", (18, 13) if across else (13, 18), turn(PIXELS), [] if across or orientation == 1 else [BOTH]),
-        ("square", (13, 13), turn(SQUARE), [BOTH] if orientation > 1 else []),
-        ("oblong", None, turn(PIXELS), []),
-    ]
-    if across:
-        cases.append(("oblong", (13, 18), PIXELS, [STORED]))
-    for name, size, expected, remark in cases:
-        remarks = []
-        image = read_image(tmp_path / f"{name}.png", size, remarks)
-        assert (image.permute(1, 2, 0).numpy() == expected).all() and remarks == remark, (name, size)
-    if not across:
-        with pytest.raises(InputError, match="is 18x13, but its annotations say 13x18"):
-            read_image(tmp_path / "oblong.png", (18, 13))
+def test_a_picture_stays_as_stored_where_only_that_has_the_annotated_size(tmp_path, orientation, kind):
+    """But not a TIFF, which Pillow turns while it reads it: then one line gives both sizes."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, pixels in {"oblong": PIXELS, "square": PIXELS[:, :13]}.items():
+        Image.fromarray(pixels).save(tmp_path / name, kind, exif=exif, **{"WEBP": {"lossless": True}}.get(kind, {}))
+    turn, across = UPRIGHT[orientation], orientation > 4
+    assert (read(tmp_path / "oblong", (18, 13) if across else (13, 18)) == turn(PIXELS)).all()
+    assert (read(tmp_path / "square", (13, 13)) == turn(PIXELS[:, :13])).all(), "where both fit, upright"
+    other = (13, 18) if across else (18, 13)
+    if across and kind != "TIFF":
+        assert (read(tmp_path / "oblong", other) == PIXELS).all()
+    else:
+        with pytest.raises(InputError, match=f"is {other[0]}x{other[1]}, but its annotations say {other[1]}x{other[0]}"):
+            read(tmp_path / "oblong", other)
 
 
 def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error(tmp_path):
@@ -430,7 +341,7 @@ def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error
         encoded(image, "BMP"), encoded(image.convert("P"), "GIF"), encoded(image, "WEBP"),
     ]  # fmt: skip
     outcomes = {True: 0, False: 0}
-    for _ in range(500):
+    for _ in range(300):
         content = bytearray(rng.choice(originals))
         for _ in range(rng.choice((1, 2, 5))):
             content[rng.randrange(min(len(content), rng.choice((60, 10**6))))] = rng.randrange(256)
@@ -440,4 +351,4 @@ def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error
         except InputError as error:
             assert str(path) in str(error)
             outcomes[False] += 1
-    assert min(outcomes.values()) > 50, outcomes
+    assert min(outcomes.values()) > 30, outcomes

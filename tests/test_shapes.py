@@ -46,8 +46,8 @@ def test_the_same_seed_draws_the_same_and_another_seed_another():
 
 def test_files_are_the_same_in_another_process_with_other_hashes(tmp_path, few):
     shapes.prepare(tmp_path / "a", seed=3)
-    code = "from msad import shapes; shapes.TRAIN, shapes.VAL = 3, 2; shapes.prepare('b', seed=3)"
-    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(shapes.__file__).parents[1])}
+    code = "from msad.data import shapes; shapes.TRAIN, shapes.VAL = 3, 2; shapes.prepare('b', seed=3)"
+    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(shapes.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     shapes.prepare(tmp_path / "c", seed=4)
     drawn = contents(tmp_path / "a")

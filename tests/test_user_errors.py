@@ -14,7 +14,7 @@ from scripts import TINY, call, complaint, start, succeed
 from msad.data.errors import InputError
 
 DATA_ERRORS = {
-    "no such folder": (["--data", "{home}/nothing"], "{home}/nothing: no such folder; say with --data"),
+    "no such folder": (["--data", "{home}/nothing"], "{home}/nothing/train/_annotations.coco.json; say with --data"),
     "out is a file": (["--out", "{home}/file"], "{home}/file"),
     "out is below a file": (["--out", "{home}/file/out"], "/file/out: cannot be written ("),
     "weights are not there": (["--weights", "{home}/nothing"], "{home}/nothing: no such file"),
@@ -115,7 +115,7 @@ def test_evaluation_needs_a_checkpoint_a_branch_and_a_place(home):
     for flag in ("--json", "--detections"):
         line = complaint(evaluate, *data_flags, *student, flag, home / "none" / "a.json")
         assert f"{home}/none/a.json: cannot be written" in line
-    assert f"{home}/none: no such folder" in complaint(evaluate, *student, "--data", home / "none")
+    assert "say with --data where" in complaint(evaluate, *student, "--data", home / "none")
     (home / "empty").mkdir()
     assert "instances_val*.json: no such file" in complaint(evaluate, *student, "--data", home / "empty")
     assert "--device warp" in complaint(evaluate, *data_flags, *student, "--device", "warp")

@@ -47,15 +47,14 @@ class Batch(NamedTuple):
 
 
 def open_data(folder, splits=("train", "val")):
-    """The annotations of splits of a COCO-layout folder, or of the drawn shapes if `folder` is empty."""
+    """The annotations of splits of a COCO-layout folder, or of the drawn shapes if `folder` is empty; all with the
+    classes of the first."""
     if not folder and not Path(SHAPES).exists():
         print(f"drawing the embedded data set into {SHAPES} ...", flush=True)
         with write_errors(SHAPES, "change folder, or give --data"):
             shapes.prepare(SHAPES)
-    found = [annotations.read(folder or SHAPES, split) for split in splits]
-    for split, other in zip(splits[1:], found[1:]):
-        annotations.check_classes(f"split {split}", other.classes, f"split {splits[0]}", found[0].classes)
-    return found
+    first, *others = [annotations.read(folder or SHAPES, split) for split in splits]
+    return [first, *(other.with_classes(first.classes, first.file) for other in others)]
 
 
 class CocoDataset(Dataset):
@@ -122,7 +121,7 @@ class TrainBatches:
         self.batch, self.seed, self.start = batch, seed, start
         self.mine = slice(rank * batch // processes, (rank + 1) * batch // processes)
         if len(self.trainable) == 0:
-            raise InputError(f"{annotations.folder}: no image has a box to learn from")
+            raise InputError(f"{annotations.file}: no image has a box to learn from: {annotations.summary()}")
 
     def __iter__(self):
         waiting = {True: [], False: []}  # wide and upright images, until their batch is full

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ..images import to_rgb
-from .errors import InputError
+from .errors import LFS_POINTER, InputError
 
 # A long text or colour profile is no reason to refuse a picture.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
@@ -23,21 +23,16 @@ def read_image(path, size=None):
     InputError if the file cannot be read, or is not of that size.
     """
     try:
+        # Given a name, PIL would map some TIFFs into memory, and mix up the pixels of those that are turned.
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
-            stored = load(file)
-            try:
-                image = ImageOps.exif_transpose(stored)
-            except Exception:  # PIL answers damaged EXIF with almost any exception
-                image = stored
-            if size is not None and image.size != size[::-1] == stored.size:
-                image = stored
-            pixels = to_rgb(image)
+            pixels = to_rgb(turn(load(file), size))
     except Exception as error:  # PIL answers damaged files with almost any exception
-        if getattr(error, "errno", 0) == errno.EMFILE:  # too many open files: no fault of this one
-            raise
-        raise InputError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from None
-    if size is not None and pixels.size != size[::-1]:
+        if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.EMFILE:  # too many open files
+            raise  # no fault of this file
+        mend = "save it anew, smaller if it is too large, or remove its entry"
+        raise InputError(f"{path}: not readable as an image ({error}); {mend}") from None
+    if size not in (None, (pixels.height, pixels.width)):
         found, wanted = f"{pixels.width}x{pixels.height}", f"{size[1]}x{size[0]}"
         raise InputError(f"{path}: is {found}, but its annotations say {wanted}; correct one")
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
@@ -45,6 +40,8 @@ def read_image(path, size=None):
 
 def load(file):
     """An open picture file -> PIL image with its pixels. A JPEG may lack the mark at its end."""
+    if file.read(len(LFS_POINTER)) == LFS_POINTER:
+        raise ValueError("a pointer of Git LFS, not the picture itself: run git lfs pull")
     image = Image.open(file)
     try:
         image.load()
@@ -59,3 +56,18 @@ def load(file):
         if not np.array_equal(np.array(image), np.array(other)):
             raise
         return image
+
+
+def turn(stored, size):
+    """A PIL image -> upright as its EXIF says, or as it is stored where that cannot be read or only that fits `size`.
+
+    PIL turns a TIFF itself while it reads it, so a TIFF is upright whatever its size.
+    """
+    try:
+        stored.getexif()  # PIL remembers it
+        stored.info.pop("exif", None)  # else PIL would write it anew, and fail where any other entry is damaged
+        upright = ImageOps.exif_transpose(stored)
+    except Exception:  # almost any, of damaged EXIF
+        return stored
+    fits = lambda image: size in (None, (image.height, image.width))
+    return stored if fits(stored) and not fits(upright) else upright
