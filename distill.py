@@ -14,18 +14,19 @@ from torch.nn.utils import clip_grad_norm_
 
 from msad import align, distillation, models
 from msad.data.dataset import CocoDataset, open_data
-from msad.data.errors import InputError, checkpoint_errors
+from msad.data.errors import InputError
 from msad.engine import checkpoint, drawing, evaluation, processes
-from msad.engine.run import INTERRUPTED, Run, build_optimizer, check_finite, evaluate_all, find_checkpoint, open_folder
-from msad.engine.run import prepare, print_header, set_learning_rate, train_loader
-from msad.engine.settings import inherit, model_config, parse_flags, resume_settings, settle
+from msad.engine.optimizer import build_optimizer, set_learning_rate
+from msad.engine.run import INTERRUPTED, Run, check_finite, evaluate_all, find_checkpoint, open_folder, print_header
+from msad.engine.run import train_loader
+from msad.engine.settings import Setting, inherit, model_config, parse_flags, resume_settings, settle
 
-OWN = {  # settings of this script alone: their values, and a line of help
-    "teacher": ("", "the teacher's checkpoint (needed)"),
-    "kd_loss": ("l1", "distance of the pyramids: the paper's, or PKD's correlation"),
-    "kd": (distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off"),
-    "kd_ramp": (distillation.RAMP, "iterations until the distance has its full weight"),
-    "weights": ("teacher", "start: teacher, none, or the teacher, then what imagenet, coco or a FILE has"),
+OWN = {  # settings of this script alone
+    "teacher": Setting("", "the teacher's checkpoint (needed)"),
+    "kd_loss": Setting("l1", "distance of the pyramids: the paper's, or PKD's", tuple(distillation.DISTANCES)),
+    "kd": Setting(distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off", least=0),
+    "kd_ramp": Setting(distillation.RAMP, "iterations until the distance has its full weight", least=0),
+    "weights": Setting("teacher", "start: teacher, none, or the teacher, then what imagenet, coco or a FILE has"),
 }
 
 
@@ -34,31 +35,31 @@ def main():
     typed, resume = parse_flags(__doc__, OWN)
     out = Path(typed.get("out") or "runs/student")
     saved = find_checkpoint(out, resume)
-    if saved:
-        settings = resume_settings(typed, OWN, saved, out / "last.pt")
-        if not Path(settings.teacher).exists():
-            raise InputError(f"{settings.teacher}: no such file; say with --teacher where the teacher is now")
-        stored = checkpoint.read(settings.teacher, want="teacher")
-    elif "teacher" in typed:
-        stored = checkpoint.read(typed["teacher"], want="teacher")
-        settings = settle(typed, OWN, inherit(stored, typed["teacher"]))
-    else:
-        raise InputError("--teacher CKPT is needed: train one with train.py")
-    teacher = checkpoint.restore(stored, settings.teacher)
+    known = resume_settings(typed, OWN, saved, out / "last.pt") if saved else typed
+    path = known.get("teacher", "")
+    if not Path(path).is_file():
+        raise InputError(f"--teacher {path or 'CKPT'}: no such file; say where the teacher is, or make one with train.py")
+    stored = checkpoint.read(path, want="teacher")
+    known = known if saved else inherit(stored, path) | known
+    teacher = checkpoint.restore(stored, path)
+
+    # Device and data, which settle what nobody said.
+    device = processes.init_device(known.get("device"))
+    with processes.main_first():
+        train, val = open_data(known.get("data"))
+    settings = settle(known, OWN, len(train.trainable()), device)
     checksum = distillation.checksum(teacher)
     check_teacher(settings, out, teacher, checksum, saved)
-    device = prepare(settings)
+    train, val = (split.with_classes(teacher.config.classes, path) for split in (train, val))
     autocast = processes.autocast(device, settings.precision)
 
-    # Data: in training what the teacher sees; in evaluation the student reads images straight at low resolution.
-    with processes.main_first():
-        train, val = open_data(settings.data)
-    train, val = (split.with_classes(teacher.config.classes, settings.teacher) for split in (train, val))
+    # Pictures: in training what the teacher sees; in evaluation the student reads them straight at low resolution.
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, flip=True)
     high_set = CocoDataset(val, (settings.test_side,), settings.long_side)
     low_set = CocoDataset(val, (settings.test_side,), settings.long_side, settings.downsample)
 
     # Models and optimizer.
+    torch.manual_seed(settings.seed)
     student = checkpoint.restore(saved, out / "last.pt") if saved else new_student(settings, teacher)
     layout = processes.training_layout(device, settings.precision)
     network = processes.parallel(student.to(device, memory_format=layout), settings.norm)
@@ -77,7 +78,7 @@ def main():
     processes.set_training(student, settings.norm)
 
     with run:
-        for iteration in range(run.first, settings.iters):
+        for iteration in run.iterations():
             optimizer.zero_grad()
             chunks = next(batches).to(device).chunk(settings.accumulate)
             for batch in chunks:
@@ -96,18 +97,18 @@ def main():
                     distances["kd"] = settings.kd * distillation.ramp(iteration, settings.kd_ramp) * distance
                     loss = loss + distances["kd"]
                 (loss / len(chunks)).backward()
-                run.note(loss, losses, **distances)
+                run.collect(loss, losses, **distances)
 
             gradient = clip_grad_norm_(student.parameters(), settings.clip or math.inf)
-            numbers = run.read(gradient)
+            numbers = run.averages(gradient)
             check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
             set_learning_rate(optimizer, settings, iteration)
             optimizer.step()
 
-            if run.after(iteration, numbers):
+            if run.end_iteration(iteration, numbers):
                 return INTERRUPTED
+        results = run.evaluate(settings.iters)
 
-    results = run.evaluate(settings.iters)
     rows["student @ low"] = results["low"]
     run.report(rows, drawing.compare_columns(teacher, student, ["low"]), ["evaluate.py", "--ckpt"])
 
@@ -120,12 +121,9 @@ def check_teacher(settings, out, teacher, checksum, saved):
         raise InputError(f"--fpn-channels {settings.fpn_channels}: {wanted}; {mend}")
     if Path(settings.teacher).resolve() == (out / "last.pt").resolve():
         raise InputError(f"--out {out}: the teacher is in there as last.pt; choose another folder for the student")
-    if saved:
-        with checkpoint_errors(out / "last.pt"):
-            evaluation.table(saved["training"]["teacher"])  # its numbers are shown again
-            if saved["training"]["teacher_checksum"] != checksum:
-                mend = "put that one back (a later train.py renamed it to last.1.pt), or start a new --out"
-                raise InputError(f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; {mend}")
+    if saved and saved["training"]["teacher_checksum"] != checksum:
+        mend = "put that one back (a later train.py renamed it to last.1.pt), or start a new --out"
+        raise InputError(f"{settings.teacher}: is not the teacher that {out / 'last.pt'} began with; {mend}")
 
 
 def new_student(settings, teacher):

@@ -8,20 +8,21 @@
 import math
 from pathlib import Path
 
+import torch
 from torch.nn.utils import clip_grad_norm_
 
 from msad import models
 from msad.data.dataset import CocoDataset, open_data
 from msad.data.errors import InputError
 from msad.engine import checkpoint, drawing, processes
-from msad.engine.run import INTERRUPTED, Run, build_optimizer, check_finite, find_checkpoint, open_folder, prepare
-from msad.engine.run import print_header, set_learning_rate, train_loader
-from msad.engine.settings import model_config, parse_flags, resume_settings, settle
+from msad.engine.optimizer import build_optimizer, set_learning_rate
+from msad.engine.run import INTERRUPTED, Run, check_finite, find_checkpoint, open_folder, print_header, train_loader
+from msad.engine.settings import Setting, model_config, parse_flags, resume_settings, settle
 from msad.fusion import LOSS_WEIGHTS
 
-OWN = {  # settings of this script alone: their values, and a line of help
-    "res": ("multi", "resolutions to train on"),
-    "no_align": (False, "with --res multi: no shift and no fusion, the conventional baseline"),
+OWN = {  # settings of this script alone
+    "res": Setting("multi", "resolutions to train on", ("multi", "high", "low")),
+    "no_align": Setting(False, "with --res multi: no shift and no fusion, the conventional baseline"),
 }
 
 
@@ -39,14 +40,18 @@ def main():
     typed, resume = parse_flags(__doc__, OWN)
     out = Path(typed.get("out") or f"runs/{kind_of(**typed)}")
     saved = find_checkpoint(out, resume)
-    settings = resume_settings(typed, OWN, saved, out / "last.pt") if saved else settle(typed, OWN)
-    kind = kind_of(**vars(settings))
-    device = prepare(settings)
+    known = resume_settings(typed, OWN, saved, out / "last.pt") if saved else typed
+    kind = kind_of(**known)
+
+    # Device and data, which settle what nobody said.
+    device = processes.init_device(known.get("device"))
+    with processes.main_first():
+        train, val = open_data(known.get("data"))
+    settings = settle(known, OWN, len(train.trainable()), device)
     autocast = processes.autocast(device, settings.precision)
 
     # Model and optimizer.
-    with processes.main_first():
-        train, val = open_data(settings.data)
+    torch.manual_seed(settings.seed)
     if saved:
         model = checkpoint.restore(saved, out / "last.pt")
         train, val = (split.with_classes(model.config.classes, out / "last.pt") for split in (train, val))
@@ -58,7 +63,7 @@ def main():
     network = processes.parallel(model.to(device, memory_format=layout), settings.norm)
     optimizer = build_optimizer(model, settings)
 
-    # Data: a low-resolution model reads its images at low resolution.
+    # Pictures: a low-resolution model reads them at low resolution.
     training_set = CocoDataset(train, settings.short_sides, settings.long_side, model.downsample, flip=True)
     validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, model.downsample)
 
@@ -69,7 +74,7 @@ def main():
     processes.set_training(model, settings.norm)
 
     with run:
-        for iteration in range(run.first, settings.iters):
+        for iteration in run.iterations():
             optimizer.zero_grad()
             chunks = next(batches).to(device).chunk(settings.accumulate)
             for batch in chunks:
@@ -79,18 +84,18 @@ def main():
                 losses = model.losses(pyramids, outputs, batch.boxes, batch.labels, processes.mean_over_processes)
                 loss = sum(LOSS_WEIGHTS[branch] * value for branch, terms in losses.items() for value in terms.values())
                 (loss / len(chunks)).backward()
-                run.note(loss, losses)
+                run.collect(loss, losses)
 
             gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
-            numbers = run.read(gradient)
+            numbers = run.averages(gradient)
             check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
             set_learning_rate(optimizer, settings, iteration)
             optimizer.step()
 
-            if run.after(iteration, numbers):
+            if run.end_iteration(iteration, numbers):
                 return INTERRUPTED
+        results = run.evaluate(settings.iters)
 
-    results = run.evaluate(settings.iters)
     rows = {f"{kind} @ {branch}": metrics for branch, metrics in results.items()}
     columns = drawing.columns_of(kind, model, model.branches)
     run.report(rows, columns, ["distill.py", "--teacher"] if kind == "teacher" else ["evaluate.py", "--ckpt"])

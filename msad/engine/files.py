@@ -1,7 +1,10 @@
 """Tensors from files nobody vouches for, writing without a loss, and one run a folder."""
 
+import errno
+import functools
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +15,8 @@ try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None
+
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what fsync answers where there is none
 
 
 def read_tensors(path):
@@ -35,8 +40,7 @@ def write_tensors(path, content):
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -52,9 +56,28 @@ def open_locked(path):
     mend = "choose another --out"
     with write_errors(path, mend):
         file = open(path, "a+b")
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"{path.parent}: in use by another run; {mend}") from None
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"{path.parent}: in use by another run; {mend}") from None
+    except OSError as error:  # of some network drives
+        warn(f"{path.parent}: no locks there ({error.strerror}): nothing keeps a second run out of this folder")
     return file
+
+
+def sync(file):
+    """Have what was written to a file on the disk, where the file system can say so."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        warn(f"{Path(file.name).parent}: no fsync there ({error.strerror}): a crash of the machine may cost what is saved")
+
+
+@functools.cache
+def warn(line):
+    """Say something once."""
+    print(f"warning: {line}", file=sys.stderr)

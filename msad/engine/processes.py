@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import io
 import os
 import sys
 import traceback
@@ -10,30 +11,61 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from ..data.errors import InputError
+from ..data.errors import InputError, input_errors
 
 # Memory of sizes that vary from batch to batch is not kept in pieces that fit no other.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 PATIENCE = datetime.timedelta(hours=1)  # until a process that waits for the others gives up: as long as an evaluation
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # of CUDA, a CPU, CUDA's libraries
-CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo's words
+# Out of memory in the words of CUDA, a CPU, and CUDA's libraries.
+NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
+LESS_MEMORY = (
+    "a larger --accumulate, which --resume takes, or, with a new --out, a smaller --batch or smaller --short-sides and "
+    "--long-side, or --precision bf16"
+)
+MENDS = {  # for what an error says of the machine's limits; the first that fits counts
+    "Too many open files": "too few files may be open at a time: raise the limit (ulimit -n), or try fewer --workers",
+    "shared memory": "no room in /dev/shm for the workers: fewer --workers, or docker run --ipc=host",
+    "DataLoader worker (pid": "a worker died: try fewer --workers",  # an error within one names no pid
+    "DataLoader timed out": "a worker hangs: try fewer --workers",
+    "more than 1 value per channel": "one image of one cell is too little for BatchNorm: a larger --batch",
+    "Connection closed by peer": "another process of this run has ended, and says why",
+}
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser with one line a flag, and one line for what is wrong."""
 
     def __init__(self, description, usage="%(prog)s [flags]", **details):
-        layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=48, width=140)
+        layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=56, width=140)
         super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=layout, **details)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
+class Unfailing(io.FileIO):
+    """A standard stream to which nothing fails: what nobody reads any more, or a full disk does not take, is lost."""
+
+    def write(self, data):
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def unfailing(stream):
+    """The same standard stream, in which words are no reason to lose work: see `Unfailing`; and characters that it
+    cannot show are escaped."""
+    if not isinstance(stream, io.TextIOWrapper):  # a notebook's, for instance
+        return stream
+    raw = Unfailing(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True)
+
+
 def run_script(main):
     """Call a script's `main`, and turn what the user can mend into one line and exit code 2."""
+    sys.stdout, sys.stderr = unfailing(sys.stdout), unfailing(sys.stderr)
     try:
-        check_environment()
         code = main()
     except KeyboardInterrupt:
         code = 130
@@ -43,7 +75,7 @@ def run_script(main):
             raise
         # A worker process wraps an InputError in its traceback: the last line is ours.
         print(f"error: {reason.split('InputError: ')[-1].strip()}", file=sys.stderr)
-        # An error within a worker stands in a circle with the frames it passed, which would keep all workers alive.
+        # The error and the frames it passed refer to one another, which would keep all workers alive.
         traceback.clear_frames(error.__traceback__)
         code = 2
     if dist.is_initialized() and code:
@@ -56,34 +88,12 @@ def run_script(main):
     sys.exit(code)
 
 
-def explain(error, less_memory="a smaller --batch, --precision bf16, or a device that nobody else uses"):
+def explain(error):
     """What to do about an error that comes from the machine's limits, or None for any other."""
     text = "" if isinstance(error, InputError) else str(error)  # such an error says it itself
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in OUT_OF_MEMORY):
-        return f"out of memory: try {less_memory}"
-    if "Too many open files" in text:
-        return "too few files may be open at a time: raise the limit (ulimit -n), or try fewer --workers"
-    if isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in text for sign in CUT_OFF):
-        return "another process of this run has ended, and says why"
-    if "DataLoader worker (pid" in text and "shared memory" in text:
-        return "no room in /dev/shm for the workers: fewer --workers, or docker run --ipc=host"
-    if "DataLoader worker (pid" in text or "DataLoader timed out" in text:  # an error within one names no pid
-        return "a worker died: try fewer --workers, or a higher limit of open files (ulimit -n)"
-    if "more than 1 value per channel" in text:
-        return "one image of one cell is too little for BatchNorm: a larger --batch or --short-sides"
-    return None
-
-
-def check_environment():
-    """Raise InputError where RANK is set, but not as torchrun sets it and what goes with it."""
-    if "RANK" not in os.environ:
-        return
-    values = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    values["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", "0")
-    right = values["MASTER_ADDR"] and all(v.isdecimal() for name, v in values.items() if name != "MASTER_ADDR")
-    if not right or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
-        found = " ".join(f"{name}={value}" for name, value in values.items())
-        raise InputError(f"not the environment of torchrun: {found}; start with torchrun, or unset RANK")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in NO_MEMORY):
+        return f"out of memory: try {LESS_MEMORY}"
+    return next((mend for sign, mend in MENDS.items() if sign in text), None)
 
 
 def init_device(name):
@@ -95,23 +105,15 @@ def init_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":  # where a cluster shows every process its own device only, that is number 0
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
-    try:
+    with input_errors(f"--device {name}", "cannot be used", errors=(RuntimeError, AssertionError)):
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        if explain(error):
-            raise
-        raise InputError(f"--device {name}: not there ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives without a tensor of their own take place
         torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
         backend, own = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
-        try:
+        with input_errors("RANK is set", "but the other processes cannot be joined", errors=(RuntimeError, ValueError)):
             dist.init_process_group(backend, timeout=PATIENCE, **own)
-        except (RuntimeError, ValueError) as error:
-            address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{address}: the other processes cannot be joined there ({reason})") from None
     return device
 
 
@@ -136,21 +138,20 @@ def autocast(device, precision):
 
 
 def training_layout(device, precision):
-    """The memory layout in which a device trains fastest: channels_last, except in fp32 on a processor without AVX-512,
-    whose backward convolutions are faster in NCHW (NOTES, "Lessons learned")."""
-    old = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return torch.contiguous_format if old and precision == "fp32" else torch.channels_last
+    """The memory layout in which a device trains fastest: channels_last, except in fp32 on CUDA, where TF32 is off, and
+    on a processor without AVX-512, whose backward convolutions are faster in NCHW (NOTES, "Lessons learned")."""
+    old_cpu = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    nchw = precision == "fp32" and (device.type == "cuda" or old_cpu)
+    return torch.contiguous_format if nchw else torch.channels_last
 
 
 def rank():
-    """This process's number, known before it has joined torchrun's group."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    """This process's number within torchrun's group; 0 where there is none."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main():

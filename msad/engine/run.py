@@ -5,6 +5,7 @@ Whatever depends on the iteration takes it as an argument, so a resumed run need
 optimizer's state and a number.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -14,38 +15,22 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from ..data.dataset import TrainBatches, loader
 from ..data.errors import InputError, checkpoint_errors, write_errors
 from . import checkpoint, drawing, evaluation, processes
-from .files import open_locked
+from .files import open_locked, sync
+from .optimizer import restore_state
 
 INTERRUPTED = 130  # the exit code of a run that was stopped
-LESS_MEMORY = (
-    "a larger --accumulate, which --resume takes, or, with a new --out, a smaller --batch, smaller --short-sides and "
-    "--long-side, or --precision bf16"
-)
+SAME_REQUEST = 10  # seconds in which another SIGTERM is the same request: a cluster sends one, and torchrun one more
 
 
 def find_checkpoint(out, resume):
     """The content of OUT/last.pt if a run goes on from it, else None."""
     path = Path(out) / "last.pt"
     return checkpoint.read(path) if resume and path.exists() else None
-
-
-def prepare(settings):
-    """Join the other processes, seed everything, settle the precision -> this process's device."""
-    count, parts = processes.world_size(), settings.accumulate
-    if settings.batch < count:
-        raise InputError(f"--batch {settings.batch} is smaller than the number of processes, {count}")
-    if parts > 1 and settings.batch % (parts * count):
-        raise InputError(f"--accumulate {parts}: must divide --batch {settings.batch} over {count} process(es)")
-    device = processes.init_device(settings.device)
-    torch.manual_seed(settings.seed)
-    settings.precision = settings.precision or processes.native_precision(device)
-    return device
 
 
 def open_folder(out, resume):
@@ -82,53 +67,27 @@ def keep_earlier(out):
 
 def print_header(settings, model, train, val, device, out):
     """The first lines of a run: data, model, schedule, what each level learns, device, folder."""
-    config = model.config
-    short_side = sorted(settings.short_sides)[len(settings.short_sides) // 2]
-    place = device if processes.world_size() > 1 else "cpu"  # a GPU would be waited for at every picture
-    lines = evaluation.describe_levels(config, train, short_side, settings.long_side, place)
     if not processes.is_main():
         return
+    config, photos = model.config, len(train.trainable())
     head = f"{config.head} {config.head_convs}x{config.head_channels}"
     side = -(-config.short_side // config.pad) * config.pad
     cost = evaluation.count_cost(model, model.branches[0], side, side)
+    short_side = sorted(settings.short_sides)[len(settings.short_sides) // 2]
     print(f"train     {train.summary()}")
     print(f"val       {val.summary()}")
     print(f"model     {config.kind}: {config.backbone} x{config.width:g}, FPN {config.fpn_channels}, {head}")
     print(f"cost      {evaluation.cost_line(model.branches[0], cost)}")
     print(
         f"schedule  {settings.recipe} recipe: {settings.iters} iterations of {settings.batch} images = "
-        f"{settings.iters * settings.batch / len(train):.3g} epochs of {len(train)} images, "
+        f"{settings.iters * settings.batch / photos:.3g} epochs of {photos} images with boxes, "
         f"{settings.optimizer}, lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up, "
         f"seed {settings.seed}"
     )
-    print(lines)
+    print(evaluation.describe_levels(config, train, short_side, settings.long_side, "cpu"))
     threads = f"{processes.world_size()} process(es) of {torch.get_num_threads()} threads"
     print(f"device    {processes.describe(device)}, {settings.precision}, {threads}")
     print(f"folder    {out}", flush=True)
-
-
-def build_optimizer(model, settings):
-    """SGD or AdamW over all parameters; normalisation layers have no weight decay."""
-    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-    plain = [p for m in model.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)]
-    listed = {id(p) for p in plain}
-    decayed = [p for p in model.parameters() if id(p) not in listed]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, fused=True)
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-
-
-def set_learning_rate(optimizer, settings, iteration):
-    """Linear warm-up, then steps at 2/3 and 8/9 of the run, or a cosine to 0."""
-    warm = min(1.0, 0.001 + 0.999 * iteration / settings.warmup) if settings.warmup else 1.0
-    done = iteration / settings.iters
-    if settings.schedule == "cosine":
-        decay = (1 + math.cos(math.pi * done)) / 2
-    else:
-        decay = 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
-    for group in optimizer.param_groups:
-        group["lr"] = settings.lr * warm * decay
 
 
 def check_finite(iteration, numbers):
@@ -155,55 +114,63 @@ class Run:
         self.script, self.out, self.log, self.settings, self.kept = script, out, log, settings, kept
         self.model, self.optimizer = model, optimizer
         self.validation_set, self.autocast = validation_set, autocast
-        self.first, length = restore_optimizer(saved["training"], optimizer, out / "last.pt") if saved else (0, 0)
+        self.first = length = 0
+        if saved:
+            with checkpoint_errors(out / "last.pt"):
+                self.first, length = saved["training"]["done"], saved["training"]["log"]
+                restore_state(optimizer, saved["training"]["optimizer"])
         if log:  # what was logged after the checkpoint will be logged again; a log that lost lines goes on as it is
-            with self.writing_log():
+            with self.log_errors():
                 log.truncate(min(length, log.tell()))
                 log.seek(0, os.SEEK_END)
-        self.stop_wanted = self.stop_agreed = False
-        self.noted, self.waited = [], 0.0  # the step's scalars, by part; seconds without a batch
+        self.asked_to_stop = None  # when this process was, and whether all of them stop after this iteration
+        self.stops = False
+        self.collected, self.waited = [], 0.0  # the step's scalars, by part; seconds without a batch
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        signals = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+        self.handlers = {number: signal.signal(number, self.ask_to_stop) for number in signals}
         self.began = time.monotonic()
         silent = None if processes.is_main() else True  # None: a bar only on a terminal
         if self.first:
             processes.print_once(f"resumed   after {self.first} of {self.settings.iters} iterations")
         self.bar = tqdm(total=self.settings.iters, initial=self.first, disable=silent, dynamic_ncols=True)
-        if self.first and self.is_due(self.first, self.settings.eval_every):
-            self.evaluate(self.first)  # once more: the checkpoint was saved before, and the log is cut off there
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.explain(error)
-
-    def explain(self, error):
-        """Raise InputError with how to go on for an error that comes from the machine's limits."""
-        reason = error and processes.explain(error, LESS_MEMORY)
+        reason = error and processes.explain(error)
         if reason:
-            raise InputError(f"{reason}; {self.go_on()}") from None
+            raise InputError(f"{reason}; {self.resume_command()}") from None
 
-    def note_stop(self, number, frame):
+    def ask_to_stop(self, number, frame):
         """The first SIGTERM or Ctrl-C asks to stop, a second one does not wait."""
-        when = "without saving" if self.stop_wanted else "after this iteration, then saving ..."
+        now = time.monotonic()
+        if self.asked_to_stop and number == signal.SIGTERM and now < self.asked_to_stop + SAME_REQUEST:
+            return
+        when = "without saving" if self.asked_to_stop else "after this iteration, then saving ..."
         if processes.is_main():
-            os.write(2, f"\nstopping {when}\n".encode())  # print is not safe in the middle of another
-        if self.stop_wanted:
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\nstopping {when}\n".encode())  # print is not safe in the middle of another
+        if self.asked_to_stop:
             raise KeyboardInterrupt
-        self.stop_wanted = True
+        self.asked_to_stop = now
 
-    def go_on(self):
+    def resume_command(self):
         """How to go on from the last checkpoint."""
         if not (self.out / "last.pt").exists():
             return "there is no checkpoint yet"
         return "go on with: " + shlex.join(["python", self.script, "--resume", "--out", self.out.as_posix()])
 
-    def is_due(self, done, every):
-        """Whether `done` is a multiple of `every`; never at the last iteration, which the end of the script handles."""
-        return done % every == 0 and done < self.settings.iters
+    def iterations(self):
+        """The numbers of the iterations to do. Where an evaluation is due, it comes before the next one begins: the
+        checkpoint is saved by then, and a run that goes on from it evaluates once more."""
+        for iteration in range(self.first, self.settings.iters):
+            if iteration and iteration % self.settings.eval_every == 0:
+                self.evaluate(iteration)
+            yield iteration
 
     def timed(self, batches):
         """Yield batches, and add up the seconds that they had to be waited for."""
@@ -214,50 +181,45 @@ class Run:
             self.waited += time.monotonic() - began
             yield batch
 
-    def note(self, loss, losses, **more):
-        """Keep the scalars of a chunk of the batch, losses as {branch: {part: scalar}}, until they are read."""
+    def collect(self, loss, losses, **more):
+        """Keep the scalars of a part of the batch, losses as {branch: {part: scalar}}, until the step's end."""
         named = {f"{branch}/{part}": value for branch, parts in losses.items() for part, value in parts.items()}
         named = {"loss": loss} | named | more
-        self.noted.append({name: value.detach().float() for name, value in named.items()})
+        self.collected.append({name: value.detach().float() for name, value in named.items()})
 
-    def read(self, gradient):
-        """What was noted in a step, and the norm of its gradient -> {name: float}, means over chunks and processes.
+    def averages(self, gradient):
+        """What was collected in a step, and the norm of its gradient -> {name: float}, means over parts and processes.
 
         Only here a step waits for the device. The processes also agree here on stopping.
         """
-        names = [*self.noted[0], "gradient"]
-        chunks = torch.stack([torch.stack(list(noted.values())) for noted in self.noted])
-        values = torch.cat([chunks.mean(0), gradient[None], gradient.new_full((1,), self.stop_wanted)])
+        names = [*self.collected[0], "gradient"]
+        parts = torch.stack([torch.stack(list(scalars.values())) for scalars in self.collected])
+        stop = gradient.new_full((1,), self.asked_to_stop is not None)
+        values = torch.cat([parts.mean(0), gradient[None], stop])
         *values, stop = processes.mean_over_processes(values).tolist()
-        self.stop_agreed = stop > 0 if processes.world_size() > 1 else self.stop_wanted
-        self.noted = []
+        self.stops = stop > 0
+        self.collected = []
         return dict(zip(names, values))
 
-    def after(self, iteration, numbers):
-        """Log, show, evaluate and save when due, after a step with these numbers -> whether the run stops here."""
+    def end_iteration(self, iteration, numbers):
+        """Show, log and save when due, after a step with these numbers -> whether the run stops here."""
         settings, done = self.settings, iteration + 1
         shown = {name: value for name, value in numbers.items() if name != "gradient"}
         self.show_progress(done, shown)
         if iteration % settings.log_every == 0:
             self.write(iteration=iteration, lr=self.optimizer.param_groups[0]["lr"], **shown)
-        last, stop = done == settings.iters, self.stop_agreed and done < settings.iters
-        evaluate = not stop and self.is_due(done, settings.eval_every)
-        if stop or last or evaluate or self.is_due(done, settings.save_every):
-            self.save(done)  # before an evaluation, which may fail
-        if evaluate:
-            self.evaluate(done)
+        last = done == settings.iters
+        stop = self.stops and not last
+        if stop or last or done % settings.save_every == 0 or done % settings.eval_every == 0:
+            self.save(done)
         if stop:
-            processes.print_once(f"\nstopped after {done} iterations; {self.go_on()}")
+            processes.print_once(f"\nstopped after {done} iterations; {self.resume_command()}")
         return stop
 
     def evaluate(self, done):
         """{branch: metrics} of all of the model's branches, by a folded copy of the model; written to the log."""
         began = time.monotonic()
-        try:
-            results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
-        except Exception as error:  # also before and after the iterations
-            self.explain(error)
-            raise
+        results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
         for branch, metrics in results.items():
             self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
         self.began += time.monotonic() - began  # no time of training
@@ -266,8 +228,8 @@ class Run:
     def save(self, done):
         """Write OUT/last.pt, with everything a resumed run needs. It counts on the log so far, on the disk."""
         if self.log:
-            with self.writing_log():
-                os.fsync(self.log.fileno())
+            with self.log_errors():
+                sync(self.log)
             training = {"done": done, "log": self.log.tell(), **self.kept}
             training |= {"optimizer": self.optimizer.state_dict(), "settings": vars(self.settings)}
             checkpoint.save(self.out / "last.pt", self.model, training)
@@ -275,11 +237,11 @@ class Run:
     def write(self, **entry):
         """A line of the log, which holds nothing that differs between two runs of the same seed."""
         if self.log:
-            with self.writing_log():
+            with self.log_errors():
                 self.log.write((json.dumps(entry) + "\n").encode())
                 self.log.flush()
 
-    def writing_log(self):
+    def log_errors(self):
         return write_errors(self.out / "log.jsonl", "--resume goes on from the last checkpoint, if there is one")
 
     def show_progress(self, done, numbers):
@@ -318,21 +280,3 @@ def evaluate_all(model, dataset, settings, autocast):
     images = settings.batch // (processes.world_size() * settings.accumulate)
     found = evaluation.evaluate(model, dataset, model.branches, images, settings.workers, autocast)
     return {branch: metrics for branch, (metrics, _) in found.items()}
-
-
-def restore_optimizer(training, optimizer, path):
-    """Bring an optimizer to its stored state -> iterations done, length of the log. Raises InputError."""
-    with checkpoint_errors(path):
-        groups = optimizer.state_dict()["param_groups"]  # these follow from the settings
-        optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
-        names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
-        for p, state in optimizer.state.items():
-            shapes = {name: value.shape for name, value in state.items()}
-            if shapes != {name: () if name == "step" else p.shape for name in names}:
-                raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is {shapes}")
-            for name in names - {"step"}:  # in the parameter's memory layout, which fused steps take for granted
-                state[name] = torch.empty_like(p).copy_(state[name])
-        done, length = training["done"], training["log"]
-        if not (type(done) is type(length) is int and min(done, length) >= 0):
-            raise ValueError(f"done {done!r}, log {length!r}")
-    return done, length

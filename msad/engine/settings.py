@@ -1,201 +1,219 @@
-"""Settings of a training run: three recipes, and the flags that both training scripts have.
+"""Settings of a training run: the recipe for COCO, what three other recipes change in it, and the flags of both scripts.
 
 A value is what was typed, else what is inherited (a student's data, sizes and architecture are its teacher's), else the
-script's own default, else the recipe's. A resumed run takes all of them from its checkpoint and refuses to be told
-otherwise, except where things are, and in how many parts a batch is computed.
+script's own default, else the recipe's. A resumed run takes all of them from its checkpoint.
 """
 
-import math
 from argparse import SUPPRESS, Namespace
 from dataclasses import fields
+from typing import NamedTuple
 
 from ..backbone import LAYERS, WIDTHS
-from ..data import shapes
-from ..data.annotations import count_images
 from ..data.errors import InputError, checkpoint_errors
-from ..distillation import DISTANCES
 from ..models import HEADS, ModelConfig
 from . import processes
 
-# Every setting of both training scripts, each a flag too, with its value in the three recipes: small (drawn pictures, a
-# laptop), photos (one's own) and coco (the paper's). A value of None is computed from the number of photos. Sides are in
-# pixels of the high-resolution input.
-TABLE = {
+
+class Setting(NamedTuple):
+    """A setting, and the flag of the same name."""
+
+    default: object  # with the type of the flag's value; of an integer list the flag takes several
+    help: str
+    choices: tuple = ()
+    least: float = 1  # of numbers
+
+
+# The settings of both training scripts, with their values in the recipe for COCO, the paper's.
+SETTINGS = {
     "where things are": {
-        "data": ("", "", "", "folder in COCO layout (default: drawn shapes in data/shapes)"),
-        "recipe": ("small", "photos", "coco", "defaults of all else (default: small without --data, else by its size)"),
-        "out": ("", "", "", "folder for checkpoints and log (default: runs/ and what is trained)"),
+        "data": Setting("", "folder in COCO layout (default: drawn shapes in data/shapes)"),
+        "recipe": Setting(
+            "", "defaults of all else (default: by data and device)", ("small", "laptop", "photos", "coco")
+        ),
+        "out": Setting("", "folder for checkpoints and log (default: runs/ and what is trained)"),
     },
     "pictures (sides in pixels of the high-resolution input)": {
-        "short_sides": ([256], list(range(512, 641, 32)), list(range(640, 801, 32)), "short sides in training"),
-        "test_side": (256, 640, 800, "short side in evaluation"),
-        "long_side": (512, 1066, 1333, "upper bound of the long side"),
-        "pad": (64, 64, 64, "sides are padded to multiples of this"),
-        "downsample": ("area", "area", "area", "how low resolution is made from high"),
+        "short_sides": Setting(list(range(640, 801, 32)), "short sides in training"),
+        "test_side": Setting(800, "short side in evaluation"),
+        "long_side": Setting(1333, "upper bound of the long side"),
+        "pad": Setting(64, "sides are padded to multiples of this"),
+        "downsample": Setting("area", "how low resolution is made from high", ("area", "nearest")),
     },
     "model": {
-        "head": ("fcos", "fcos", "fcos", "detection head"),
-        "backbone": ("resnet18", "resnet50", "resnet50", "resnet18, resnet34, resnet50 or resnet101"),
-        "width": (0.25, 1.0, 1.0, "the backbone's width"),
-        "weights": ("none", "imagenet", "imagenet", "start: imagenet, coco (a detector), none or a FILE"),
-        "fpn_channels": (64, 256, 256, "channels of the pyramid"),
-        "head_channels": (64, 256, 256, "channels of the head's towers"),
-        "head_convs": (2, 4, 4, "convolutions in each tower"),
-        "norm": ("sync", "frozen", "sync", "BatchNorm's statistics: of all processes, of each, or as at the start"),
-        "object_scale": (0.68, 1.0, 1.0, "sizes of objects as a multiple of COCO's"),
+        "head": Setting("fcos", "detection head", tuple(HEADS)),
+        "backbone": Setting("resnet50", "backbone", tuple(LAYERS)),
+        "width": Setting(1.0, "the backbone's width", WIDTHS),
+        "weights": Setting("imagenet", "start: imagenet, coco (a detector), none or a FILE"),
+        "fpn_channels": Setting(256, "channels of the pyramid"),
+        "head_channels": Setting(256, "channels of the head's towers"),
+        "head_convs": Setting(4, "convolutions in each tower"),
+        "norm": Setting(
+            "sync", "BatchNorm's statistics: all processes', each one's, or as at the start", ("sync", "local", "frozen")
+        ),
+        "object_scale": Setting(1.0, "sizes of objects as a multiple of COCO's", least=0.01),
     },
     "optimization": {
-        "iters": (1200, None, 90_000, "training iterations"),
-        "batch": (8, 8, 16, "images per iteration, over all processes"),
-        "accumulate": (1, 1, 1, "parts in which a process computes its images of an iteration, one after the other"),
-        "lr": (0.008, 2e-4, 0.01, "learning rate, in proportion to --batch"),
-        "optimizer": ("adamw", "adamw", "sgd", "optimizer"),
-        "weight_decay": (0.05, 0.05, 1e-4, "weight decay, none on normalisation layers"),
-        "schedule": ("cosine", "cosine", "step", "learning rate after the warm-up"),
-        "warmup": (200, 100, 500, "iterations of linear warm-up from lr/1000"),
-        "clip": (5.0, 5.0, 0.0, "largest norm of the gradient (0: no limit)"),
+        "iters": Setting(90_000, "training iterations (laptop, photos: by the number of pictures with boxes)"),
+        "batch": Setting(16, "images per iteration, over all processes"),
+        "accumulate": Setting(1, "parts in which a process computes its images of an iteration, one after the other"),
+        "lr": Setting(0.01, "learning rate, in proportion to --batch", least=0),
+        "optimizer": Setting("sgd", "optimizer", ("sgd", "adamw")),
+        "weight_decay": Setting(1e-4, "weight decay, none on normalisation layers", least=0),
+        "schedule": Setting("step", "learning rate after the warm-up", ("step", "cosine")),
+        "warmup": Setting(500, "iterations of linear warm-up from lr/1000", least=0),
+        "clip": Setting(0.0, "largest norm of the gradient (0: no limit)", least=0),
     },
     "the run": {
-        "seed": (0, 0, 0, "seed of everything random"),
-        "device": ("", "", "", "cuda or cpu (default: CUDA where there is one)"),
-        "precision": ("", "", "", "default: bf16 where the device has it"),
-        "workers": (0, 2, 4, "processes that read images"),
-        "eval_every": (600, None, 10_000, "iterations between evaluations"),
-        "save_every": (250, 250, 500, "iterations between checkpoints"),
-        "log_every": (20, 20, 20, "iterations between lines of the log"),
+        "seed": Setting(0, "seed of everything random", least=0),
+        "device": Setting("", "cuda or cpu (default: CUDA where there is one)"),
+        "precision": Setting("", "default: bf16 where the device has it", ("fp32", "bf16")),
+        "workers": Setting(4, "processes that read images", least=0),
+        "eval_every": Setting(10_000, "iterations between evaluations (laptop, photos: a quarter of them)"),
+        "save_every": Setting(500, "iterations between checkpoints"),
+        "log_every": Setting(20, "iterations between lines of the log"),
     },
 }
-ROWS = {name: row for group in TABLE.values() for name, row in group.items()}
-SMALL, PHOTOS, COCO = ({name: row[recipe] for name, row in ROWS.items()} for recipe in (0, 1, 2))
-RECIPES = {"small": SMALL, "photos": PHOTOS, "coco": COCO}
+COCO = {name: setting.default for group in SETTINGS.values() for name, setting in group.items()}
+
+# The recipes: what each changes in COCO's. small draws shapes and needs no GPU, laptop trains on photos without a GPU,
+# photos on one GPU.
+SMALL = {
+    "short_sides": [256], "test_side": 256, "long_side": 512,
+    "backbone": "resnet18", "width": 0.25, "weights": "none", "fpn_channels": 64, "head_channels": 64, "head_convs": 2,
+    "object_scale": 0.68, "iters": 1200, "batch": 8, "lr": 0.008, "optimizer": "adamw", "weight_decay": 0.05,
+    "schedule": "cosine", "warmup": 200, "clip": 5.0, "workers": 0, "eval_every": 600, "save_every": 250,
+}  # fmt: skip
+LAPTOP = {
+    "short_sides": [224, 240, 256, 272, 288], "test_side": 256, "long_side": 448,
+    "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "norm": "frozen",
+    "batch": 4, "lr": 4e-4, "optimizer": "adamw", "weight_decay": 0.05,
+    "schedule": "cosine", "warmup": 100, "clip": 5.0, "workers": 0, "save_every": 250,
+}  # fmt: skip
+PHOTOS = {
+    "short_sides": list(range(512, 641, 32)), "test_side": 640, "long_side": 1066, "norm": "frozen",
+    "batch": 8, "lr": 2e-4, "optimizer": "adamw", "weight_decay": 0.05,
+    "schedule": "cosine", "warmup": 100, "clip": 5.0, "workers": 2, "save_every": 250,
+}  # fmt: skip
+RECIPES = {"small": SMALL, "laptop": LAPTOP, "photos": PHOTOS, "coco": {}}
 # RetinaNet's towers have no normalisation: with the small recipe it takes smaller steps, and more of them.
 SMALL_RETINANET = {"iters": 2000, "lr": 0.003, "eval_every": 1000}
-MANY = 20_000  # training photos, from which on the recipe is COCO's
-EPOCHS, SHORTEST, LONGEST = 36, 1500, 30_000  # of the recipe for photos, the last two in iterations
-CHOICES = {
-    "res": ("multi", "high", "low"),
-    "kd_loss": tuple(DISTANCES),
-    "recipe": tuple(RECIPES),
-    "downsample": ("area", "nearest"),
-    "head": tuple(HEADS),
-    "backbone": tuple(LAYERS),
-    "width": WIDTHS,
-    "norm": ("sync", "local", "frozen"),
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("step", "cosine"),
-    "precision": ("fp32", "bf16"),
-}
+# Where the length follows from the pictures that have boxes: epochs of them, and bounds in iterations.
+LENGTHS = {"laptop": (6, 1500, 20_000), "photos": (36, 1500, 30_000)}
+MANY = 20_000  # training photos, from which on a GPU takes COCO's recipe
+
 # What may change on --resume: where things are, and what suits the machine.
 MAY_CHANGE = ("data", "teacher", "device", "out", "workers", "save_every", "accumulate")
-LEAST = dict.fromkeys(("seed", "workers", "warmup", "lr", "weight_decay", "clip", "kd", "kd_ramp", "width"), 0)
-LEAST["object_scale"] = 0.01  # all other numbers: 1
 ARCHITECTURE = [f.name for f in fields(ModelConfig) if f.name in COCO]
 
 
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_flags(description, own):
-    """Make flags of the settings of both scripts and of a script's own, {name: (value, help)} -> a dict of only what
-    was typed, and whether to resume."""
+    """Make flags of the settings of both scripts and of a script's own -> a dict of what was typed, and whether to
+    resume."""
     parser = processes.Parser(description, argument_default=SUPPRESS)  # what is not typed leaves no trace
-    for title, rows in {"what to train": own, **TABLE}.items():
+    groups = {"what to train": own, **SETTINGS}
+    for title, rows in groups.items():
         group = parser.add_argument_group(title)
-        for name, (*values, text) in rows.items():
+        for name, setting in rows.items():
             if name in own and rows is not own:
                 continue
-            flag, choices, coco = f"--{name.replace('_', '-')}", CHOICES.get(name), values[-1]
-            if isinstance(coco, bool):
-                group.add_argument(flag, action="store_true", help=text)
+            if isinstance(setting.default, bool):
+                group.add_argument(flag(name), action="store_true", help=setting.help)
                 continue
-            details = {"type": int, "nargs": "+"} if isinstance(coco, list) else {"type": type(coco)}
-            if name == "backbone" or not choices:  # a list of all backbones would not fit its column
-                details["metavar"] = "X" if isinstance(coco, str) else "N"
-            if coco and name != "recipe":
-                each = ", ".join(f"{recipe} {shown(value)}" for recipe, value in zip(RECIPES, values))
-                text += f" [{shown(coco)}]" if values.count(coco) == len(values) else f" [{each}]"
-            group.add_argument(flag, choices=choices, help=text, **details)
+            several = isinstance(setting.default, list)
+            group.add_argument(
+                flag(name),
+                type=int if several else type(setting.default),
+                nargs="+" if several else None,
+                choices=setting.choices or None,
+                metavar=None if setting.choices else "X" if isinstance(setting.default, str) else "N",
+                help=setting.help + defaults_text(name, setting, {} if rows is own else RECIPES),
+            )
     group.add_argument("--resume", action="store_true", default=False, help="go on from OUT/last.pt")
     typed = vars(parser.parse_args())
+    for name, setting in (row for rows in groups.values() for row in rows.items()):
+        value = typed.get(name, [])
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if type(v) in (int, float)]
+        if not setting.choices and not all(setting.least <= number < 2**63 for number in numbers):
+            parser.error(f"{flag(name)} {value}: must be at least {setting.least}, and below 2^63")
     return typed, typed.pop("resume")
 
 
-def shown(value):
-    """A default as --help shows it."""
-    if isinstance(value, list):
-        return f"{value[0]}-{value[-1]}" if len(value) > 1 else value[0]
-    return f"{value:g}" if isinstance(value, float) else "by their number" if value is None else value
+def defaults_text(name, setting, recipes):
+    """A setting's default, and what recipes have instead, as --help shows it."""
+    shown = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    others = [f"{title} {shown(recipe[name])}" for title, recipe in recipes.items() if name in recipe]
+    return "" if setting.default == "" else f" [{'; '.join([shown(setting.default), *others])}]"
 
 
-def settle(typed, own, inherited=None):
-    """The settings of a run. `own` are the script's rows, `inherited` the settings that a student takes over.
+def choose_recipe(data, photos, device):
+    """The recipe where none is named: by the data's folder, "" for drawn shapes, the number of pictures that have
+    boxes, and the device. Prints a line that says why."""
+    if not data:
+        return "small"
+    name = "laptop" if device.type != "cuda" else "photos" if photos < MANY else "coco"
+    why = " and no GPU; with one, --recipe photos is better" if name == "laptop" else "; --recipe takes another"
+    processes.print_once(f"recipe    {name}, chosen for {photos} training photos with boxes{why}")
+    return name
 
-    The number of training photos, if there are any, chooses the recipe that nobody named, and the length of the one for
-    photos. Raises InputError.
-    """
-    known = {name: row[0] for name, row in own.items()} | (inherited or {}) | typed
-    name, data = known.get("recipe"), known.get("data")
-    count = data and (not name or name == "photos" and "iters" not in typed)
-    photos = count_images(data) if count else shapes.TRAIN
-    if not name:
-        name = "small" if not data else "photos" if photos < MANY else "coco"
-        if data:
-            processes.print_once(f"recipe    {name}, chosen for {photos} training photos; --recipe takes another")
+
+def settle(known, own, photos, device):
+    """All settings of a run. `known` is what was typed, inherited or stored, `own` the script's own settings, `photos`
+    the number of training pictures that have boxes. Raises InputError."""
+    name = known.get("recipe") or choose_recipe(known.get("data"), photos, device)
     smaller_steps = name == "small" and known.get("head") == "retinanet"
-    recipe = RECIPES[name] | (SMALL_RETINANET if smaller_steps else {})
-    settings = Namespace(**recipe | known | {"recipe": name})
-    if "batch" in typed and "lr" not in typed:
+    recipe = COCO | RECIPES[name] | (SMALL_RETINANET if smaller_steps else {})
+    defaults = recipe | {name: setting.default for name, setting in own.items()}
+    settings = Namespace(**defaults | known | {"recipe": name})
+    if "lr" not in known:
         settings.lr = recipe["lr"] * settings.batch / recipe["batch"]
-    if settings.iters is None:
-        settings.iters = min(max(SHORTEST, EPOCHS * photos // settings.batch), LONGEST)
-    if settings.eval_every is None:
-        settings.eval_every = max(1, settings.iters // 4)
-    if name == "photos" and "kd_ramp" in own and "kd_ramp" not in typed:
-        settings.kd_ramp = settings.iters // 20
-    if name == "photos" and settings.weights == "none" and "norm" not in typed:
+    if name in LENGTHS:
+        epochs, shortest, longest = LENGTHS[name]
+        length = min(max(shortest, epochs * photos // settings.batch), longest)
+        settings.iters = known.get("iters", length)
+        settings.eval_every = known.get("eval_every", max(1, settings.iters // 4))
+        if "kd_ramp" in own:
+            settings.kd_ramp = known.get("kd_ramp", settings.iters // 20)
+    if settings.weights == "none" and "norm" not in known:
         settings.norm = "sync"  # there are no statistics yet that could stay
+    settings.precision = settings.precision or processes.native_precision(device)
     check_settings(settings)
     return settings
-
-
-def resume_settings(typed, own, content, path):
-    """The settings that a checkpoint's run began with. What was typed must not contradict them."""
-    if content["training"] is None:
-        raise InputError(f"{path}: holds a model only, nothing to resume a run from")
-    defaults = COCO | {name: row[0] for name, row in own.items()}
-    with checkpoint_errors(path):
-        stored = dict(content["training"]["settings"])
-        if stored.keys() != defaults.keys():
-            raise InputError(f"{path}: is another script's run; resume it with that one")
-        for name, value in stored.items():
-            check_stored(name, value, defaults[name])
-    changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != stored[name]]
-    if {typed.get("weights"), stored["weights"]}.isdisjoint(("imagenet", "coco", "teacher", "none")):
-        changed = [name for name in changed if name != "weights"]  # a file, of which only the start had need
-    if changed:
-        flags = ", ".join(f"--{name.replace('_', '-')} {typed[name]} (was {stored[name]})" for name in changed)
-        raise InputError(f"{path}: was trained with other settings: {flags}; leave them out, or start a new --out")
-    settings = Namespace(**stored | typed)
-    check_settings(settings)
-    return settings
-
-
-def check_stored(name, value, default):
-    """Raise ValueError for a value that a setting never has."""
-    strange = type(value) is not type(default) or isinstance(value, list) and any(type(v) is not int for v in value)
-    if strange or name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"{name} is {value!r}")
 
 
 def check_settings(settings):
-    """Raise InputError for values that no run can be made of."""
-    for name, value in vars(settings).items():
-        numbers = value if isinstance(value, list) else [value] if type(value) in (int, float) else []
-        least = LEAST.get(name, 1)
-        if not all(least <= number < math.inf for number in numbers):
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}, and finite")
+    """Raise InputError for values that do not go together."""
+    count, parts = processes.world_size(), settings.accumulate
+    if settings.batch < count:
+        raise InputError(f"--batch {settings.batch} is smaller than the number of processes, {count}")
+    if parts > 1 and settings.batch % (parts * count):
+        raise InputError(f"--accumulate {parts}: must divide --batch {settings.batch} over {count} process(es)")
     multiple = HEADS[settings.head].channel_multiple
     if settings.head_channels % multiple:
         raise InputError(f"--head-channels must be a multiple of {multiple} for {settings.head}")
     if settings.pad % 64:
         raise InputError("--pad must be a multiple of 64, or the two pyramids do not align")
+
+
+def resume_settings(typed, own, content, path):
+    """The settings of a checkpoint's run, a dict, with what was typed, which must not contradict them."""
+    if content["training"] is None:
+        raise InputError(f"{path}: holds a model only, nothing to resume a run from")
+    with checkpoint_errors(path):
+        stored = dict(content["training"]["settings"])
+    if stored.keys() != COCO.keys() | own.keys():
+        raise InputError(f"{path}: is another script's run; resume it with that one")
+    changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != stored[name]]
+    if {typed.get("weights"), stored["weights"]}.isdisjoint(("imagenet", "coco", "teacher", "none")):
+        changed = [name for name in changed if name != "weights"]  # a file, of which only the start had need
+    if changed:
+        flags = ", ".join(f"{flag(name)} {typed[name]} (was {stored[name]})" for name in changed)
+        mend = f"leave them out, or start from its weights: --weights {path} and a new --out"
+        raise InputError(f"{path}: was trained with other settings: {flags}; {mend}")
+    return stored | typed
 
 
 def model_config(settings, kind, classes):
@@ -206,14 +224,8 @@ def model_config(settings, kind, classes):
 
 def inherit(teacher, path):
     """The settings that a student takes from its teacher's checkpoint: architecture and sizes, data and recipe."""
-    config, training = teacher["config"], teacher["training"] or {}
+    config = teacher["config"]
     inherited = {"test_side": config.short_side} | {name: getattr(config, name) for name in ARCHITECTURE}
     with checkpoint_errors(path):
-        stored = training.get("settings", {})
-        for name in ("data", "recipe", "short_sides"):
-            if name in stored:
-                # Early teachers have a tuple of sides.
-                value = list(stored[name]) if isinstance(stored[name], tuple) else stored[name]
-                check_stored(name, value, COCO[name])
-                inherited[name] = value
-    return inherited
+        stored = (teacher["training"] or {"settings": {}})["settings"]
+        return inherited | {name: stored[name] for name in ("data", "recipe", "short_sides") if name in stored}
