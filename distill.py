@@ -42,13 +42,13 @@ def main():
     stored = checkpoint.read(path, want="teacher")
     known = known if saved else inherit(stored, path) | known
     teacher = checkpoint.restore(stored, path)
+    checksum = distillation.checksum(teacher)
 
     # Device and data, which settle what nobody said.
     device = processes.init_device(known.get("device"))
     with processes.main_first():
         train, val = open_data(known.get("data"))
     settings = settle(known, OWN, len(train.trainable()), device)
-    checksum = distillation.checksum(teacher)
     check_teacher(settings, out, teacher, checksum, saved)
     train, val = (split.with_classes(teacher.config.classes, path) for split in (train, val))
     autocast = processes.autocast(device, settings.precision)

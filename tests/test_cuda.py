@@ -109,7 +109,7 @@ def test_a_step_waits_only_where_it_reads_its_numbers(device, data, tmp_path, mo
         return wrapped
 
     monkeypatch.setattr(run.Run, "read", may_wait(run.Run.read))
-    monkeypatch.setattr(run.Run, "after", may_wait(run.Run.after))
+    monkeypatch.setattr(run.Run, "end_iteration", may_wait(run.Run.end_iteration))
     monkeypatch.setattr(run.Run, "evaluate", lambda *_: {})
     try:
         code, _, complained = call(script, *ON_CUDA, "--head", head, *flags)

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from msad import align, distillation, images, models
 from msad.data import annotations
-from msad.engine import checkpoint, processes, run
+from msad.engine import checkpoint, optimizer, processes, run
 from msad.data.dataset import Batch
 
 CUDA = torch.device("cuda:0")
@@ -117,10 +117,11 @@ def steps(script, patch, out, *flags):
     """Two steps of a script on the fake device -> the copies between devices in them."""
     stack, reads, starts, optimized = contextlib.ExitStack(), [], [], []
 
-    def start(settings):
+    def settle(*arguments):
+        settings = settled(*arguments)
         settings.precision = "bf16"
         starts.append(stack.enter_context(fake_cuda(patch)))
-        return CUDA
+        return settings
 
     def loader(dataset, multiple, settings, first, device):
         assert device == CUDA
@@ -135,7 +136,7 @@ def steps(script, patch, out, *flags):
 
     def build_optimizer(model, settings):
         optimized.extend(model.parameters())
-        return run.build_optimizer(model, settings)
+        return optimizer.build_optimizer(model, settings)
 
     def to_list(values):
         if values.device == CUDA:
@@ -146,9 +147,10 @@ def steps(script, patch, out, *flags):
         with _disable_current_modes():  # a copy of what was read is no fake
             return original(*teacher)
 
-    original, after = distillation.freeze, run.Run.after
+    original, settled, end_iteration = distillation.freeze, script.settle, run.Run.end_iteration
     fake_results = lambda *_: {branch: METRICS for branch in ("fused", "high", "low")}
-    patch.setattr(script, "prepare", start)
+    patch.setattr(processes, "init_device", lambda name: CUDA)
+    patch.setattr(script, "settle", settle)
     patch.setattr(script, "train_loader", loader)
     patch.setattr(script, "print_header", lambda *_: None)
     patch.setattr(torch.Tensor, "backward", backward)
@@ -156,7 +158,7 @@ def steps(script, patch, out, *flags):
     patch.setattr(FakeTensor, "tolist", to_list)
     patch.setattr(run, "evaluate_all", fake_results)
     patch.setattr(run.Run, "save", lambda *_: None)
-    patch.setattr(run.Run, "after", lambda *parts: after(*parts) or parts[1] == 1)
+    patch.setattr(run.Run, "end_iteration", lambda *parts: end_iteration(*parts) or parts[1] == 1)
     if script is distill:
         patch.setattr(script, "evaluate_all", fake_results)
         patch.setattr(distillation, "freeze", freeze)

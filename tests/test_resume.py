@@ -1,13 +1,10 @@
 """Stopped, killed, crashed while saving, a full disk, damage: a resumed run ends with the same bits as one that never
 stopped, or says in one line why it cannot go on."""
 
-import copy
 import json
 import os
-import random
 import shutil
 import signal
-from collections import Counter
 
 import distill
 import pytest
@@ -15,7 +12,7 @@ import torch
 import train
 from scripts import TINY, assert_same_run, call, complaint, fork, kill, runs, start, succeed, wait, wait_for_lines
 
-from msad.engine import checkpoint, drawing
+from msad.engine import checkpoint
 
 NAMES = ("trained", "distilled")
 
@@ -145,7 +142,8 @@ def test_a_log_that_cannot_be_opened_is_named(uninterrupted, tmp_path):
 def test_resuming_with_other_settings_names_them(uninterrupted, flags):
     before = (uninterrupted / "trained" / "log.jsonl").read_bytes()
     line = complaint(train, "--resume", "--out", uninterrupted / "trained", *flags.split())
-    assert flags.split()[0] in line and str(uninterrupted / "trained" / "last.pt") in line
+    path = uninterrupted / "trained" / "last.pt"
+    assert flags.split()[0] in line and f"or start from its weights: --weights {path} and a new --out" in line
     assert (uninterrupted / "trained" / "log.jsonl").read_bytes() == before
 
 
@@ -182,42 +180,3 @@ def test_resuming_from_a_damaged_file(uninterrupted, tmp_path, damage):
     path = shutil.copytree(uninterrupted / "distilled", tmp_path / "out") / "last.pt"
     path.write_bytes(path.read_bytes()[:-5000] if damage is None else damage)
     assert str(path) in complaint(distill, "--resume", "--out", path.parent)
-
-
-STRANGE = (None, "x", "", -1, 0, 0.5, float("nan"), 1e300, 10**30, True, [], {}, (1,), {"id": 1}, torch.zeros(2))
-
-
-def edited(content, rng):
-    """A copy in which one value of the run's part is strange, a little larger, or gone; and where."""
-    content = copy.deepcopy(content)
-    at, key, path = content, "training", ["training"]
-    while isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.9:
-        at = at[key]
-        key = rng.choice(list(at) if isinstance(at, dict) else range(len(at)))
-        path.append(key)
-    action = rng.random()
-    if action < 0.2:
-        del at[key]
-    elif action < 0.5 and isinstance(at[key], (int, float, torch.Tensor)):
-        at[key] = at[key] + 1
-    else:
-        at[key] = copy.deepcopy(rng.choice(STRANGE))
-        path.append(at[key])
-    return content, path
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_resuming_from_a_random_edit_goes_on_or_says_why_not(uninterrupted, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(pictures, "draw_run", lambda *_: "not drawn, to save time")
-    script, _ = runs(uninterrupted)[name]
-    path = shutil.copytree(uninterrupted / name, tmp_path / "out") / "last.pt"
-    rng, outcomes = random.Random(name), Counter()
-    content = torch.load(path, weights_only=True)
-    content["training"]["done"] = 19
-    for _ in range(30):
-        changed, where = edited(content, rng)
-        torch.save(changed, path)
-        code, _, complained = call(script, "--resume", "--out", path.parent, "--data", uninterrupted / "data")
-        assert code == 0 or (code == 2 and complained.count("\n") == 1 and complained.startswith("error: ")), where
-        outcomes[code] += 1
-    assert min(outcomes[0], outcomes[2]) > 3, outcomes

@@ -8,13 +8,15 @@ import evaluate
 import pytest
 import torch
 import train
-from folders import draw_rectangles, write
+from folders import draw_rectangles
 from helpers import tiny_config
 from scripts import SHORT, TINY, complaint, succeed
 
 from msad.data import shapes
-from msad.engine import checkpoint, settings
 from msad.data.errors import InputError
+from msad.engine import checkpoint, settings
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 INHERITED = {  # setting -> a value that neither recipe has, in the teacher's checkpoint, and another one, typed
     "data": ("of the teacher", "typed"),
@@ -46,104 +48,96 @@ def teacher_content(**changes):
     }
 
 
-def images(data, count):
-    """A folder whose training split has so many images, of which only the names are there."""
-    (data / "train").mkdir(parents=True)
-    write(data, {"images": [{"file_name": "x.png"}] * count} if count < 1000 else (b'{"file_name": "x"},' * count))
-    return str(data)
+@pytest.mark.parametrize("known, photos, device, recipe, reason", [
+    ({}, 9, CUDA, "small", ""),
+    ({"data": "d", "recipe": "small"}, 9, CUDA, "small", ""),
+    ({"data": "d"}, 90_000, CPU, "laptop", " and no GPU; with one, --recipe photos is better"),
+    ({"data": "d"}, 19_999, CUDA, "photos", "; --recipe takes another"),
+    ({"data": "d"}, 20_000, CUDA, "coco", "; --recipe takes another"),
+])  # fmt: skip
+def test_a_recipe_is_chosen_by_data_and_device_unless_it_is_typed(capsys, known, photos, device, recipe, reason):
+    own = {"res": "multi", "no_align": False, "recipe": recipe, "precision": "fp32", "seed": 5}
+    found = vars(settings.settle(known | {"seed": 5, "precision": "fp32"}, train.OWN, photos, device))
+    length = {name: found[name] for name in ("iters", "eval_every") if recipe in settings.LENGTHS}
+    assert found == settings.COCO | settings.RECIPES[recipe] | known | own | length
+    line = f"recipe    {recipe}, chosen for {photos} training photos with boxes{reason}\n"
+    assert capsys.readouterr().out == (line if reason else "")
 
 
-def test_a_recipe_is_chosen_by_the_data_unless_it_is_typed(tmp_path, capsys):
-    few, many = images(tmp_path / "few", 300), images(tmp_path / "many", 20_000)
-    own = {"res": "multi", "no_align": False}
-    for typed, recipe in (({}, "small"), ({"data": many}, "coco"), ({"data": "d", "recipe": "small"}, "small")):
-        found = vars(settings.settle(typed | {"seed": 5}, train.OWN))
-        assert found == settings.RECIPES[recipe] | typed | own | {"recipe": recipe, "seed": 5}
-    assert capsys.readouterr().out == "recipe    coco, chosen for 20000 training photos; --recipe takes another\n"
-    found = vars(settings.settle({"data": few}, train.OWN))
-    length = {"iters": 1500, "eval_every": 375}
-    assert found == settings.PHOTOS | own | length | {"data": few}
-    assert capsys.readouterr().out == "recipe    photos, chosen for 300 training photos; --recipe takes another\n"
-
-
-@pytest.mark.parametrize(  # 36 epochs of so many photos, at least 1500 and at most 30 000 iterations
-    "count, typed, iters, ramp",
+@pytest.mark.parametrize(  # so many epochs of the photos, and bounds in iterations
+    "recipe, count, typed, iters, ramp",
     [
-        (300, {}, 1500, 75),
-        (510, {}, 2295, 114),
-        (510, {"batch": 16}, 1500, 75),
-        (510, {"batch": 4}, 4590, 229),
-        (19_999, {}, 30_000, 1500),
-        (510, {"iters": 100}, 100, 5),
-        (510, {"iters": 100, "kd_ramp": 7}, 100, 7),
+        ("photos", 300, {}, 1500, 75),
+        ("photos", 510, {"batch": 4}, 4590, 229),
+        ("photos", 19_999, {}, 30_000, 1500),
+        ("photos", 510, {"iters": 100}, 100, 5),
+        ("photos", 510, {"iters": 100, "kd_ramp": 7}, 100, 7),
+        ("laptop", 3000, {}, None, None),
     ],
 )
-def test_the_length_of_a_run_on_photos_follows_from_their_number(count, typed, iters, ramp, tmp_path):
-    data = images(tmp_path / "data", count)
-    stored = {"recipe": "photos", "data": data, "short_sides": [64]}
+def test_the_length_of_a_run_on_photos_follows_from_their_number(recipe, count, typed, iters, ramp):
+    if recipe == "laptop":
+        epochs, shortest, longest = settings.LENGTHS[recipe]
+        iters = min(max(epochs * count // settings.LAPTOP["batch"], shortest), longest)
+    stored = {"recipe": recipe, "data": "d", "short_sides": [64]}
     inherited = settings.inherit(teacher_content() | {"training": {"settings": stored}}, "t.pt")
-    found = settings.settle(typed, distill.OWN, inherited)
-    assert (found.iters, found.kd_ramp, found.eval_every) == (iters, ramp, iters // 4)
-    found = settings.settle({"data": data} | {k: v for k, v in typed.items() if k != "kd_ramp"}, train.OWN)
-    assert (found.iters, found.recipe) == (iters, "photos")
+    found = settings.settle(inherited | typed, distill.OWN, count, CPU)
+    assert (found.iters, found.kd_ramp, found.eval_every) == (iters, ramp or iters // 20, iters // 4)
+    assert settings.settle({"recipe": recipe} | typed, train.OWN, count, CPU).iters == iters
 
 
-def test_statistics_of_batchnorm_stay_only_where_there_are_some(tmp_path):
-    data = images(tmp_path / "data", 300)
+def test_statistics_of_batchnorm_stay_only_where_there_are_some():
     for typed, norm in (({}, "frozen"), ({"weights": "none"}, "sync"), ({"weights": "none", "norm": "local"}, "local")):
-        assert settings.settle(typed | {"data": data}, train.OWN).norm == norm
+        assert settings.settle(typed | {"recipe": "photos"}, train.OWN, 300, CPU).norm == norm
 
 
 @pytest.mark.parametrize("recipe, batch, rate", [("small", 2, 0.008 / 4), ("coco", 32, 0.02)])
 def test_the_learning_rate_is_in_proportion_to_the_batch_unless_it_is_typed(recipe, batch, rate):
     typed = {"recipe": recipe, "batch": batch}
-    assert settings.settle(typed, train.OWN).lr == pytest.approx(rate)
-    assert settings.settle(typed | {"lr": 0.7}, train.OWN).lr == 0.7
+    assert settings.settle(typed, train.OWN, 300, CPU).lr == pytest.approx(rate)
+    assert settings.settle(typed | {"lr": 0.7}, train.OWN, 300, CPU).lr == 0.7
     teacher = settings.inherit(teacher_content(head="fcos"), "t.pt")
-    assert settings.settle(typed, distill.OWN, teacher).lr == pytest.approx(rate)
+    assert settings.settle(teacher | typed, distill.OWN, 300, CPU).lr == pytest.approx(rate)
 
 
 def test_a_small_retinanet_takes_smaller_steps_and_more_of_them():
-    small = settings.settle({"head": "retinanet"}, train.OWN)
+    small = settings.settle({"head": "retinanet"}, train.OWN, 300, CPU)
     assert (small.iters, small.eval_every, small.lr) == (2000, 1000, 0.003)
-    assert settings.settle({"head": "retinanet", "batch": 4}, train.OWN).lr == pytest.approx(0.0015)
-    assert settings.settle({"head": "retinanet", "iters": 7}, train.OWN).iters == 7
+    assert settings.settle({"head": "retinanet", "batch": 4}, train.OWN, 300, CPU).lr == pytest.approx(0.0015)
+    assert settings.settle({"head": "retinanet", "iters": 7}, train.OWN, 300, CPU).iters == 7
     teacher = settings.inherit(teacher_content(), "t.pt")
-    assert settings.settle({"recipe": "small"}, distill.OWN, teacher).iters == 2000
-    assert settings.settle({"recipe": "coco"}, distill.OWN, teacher).iters == 90_000
+    assert settings.settle(teacher | {"recipe": "small"}, distill.OWN, 300, CPU).iters == 2000
+    assert settings.settle(teacher | {"recipe": "coco"}, distill.OWN, 300, CPU).iters == 90_000
 
 
 def test_a_student_inherits_data_and_network_and_nothing_else_of_its_teacher_s_run():
-    found = vars(settings.settle({"teacher": "t.pt"}, distill.OWN, settings.inherit(teacher_content(), "t.pt")))
+    known = settings.inherit(teacher_content(), "t.pt") | {"teacher": "t.pt", "precision": "bf16"}
+    found = vars(settings.settle(known, distill.OWN, 300, CPU))
     assert {name: found[name] for name in INHERITED} == {name: value for name, (value, _) in INHERITED.items()}
-    own = {"teacher": "t.pt", "kd_loss": "l1", "kd": 0.6, "kd_ramp": 500, "weights": "teacher"}
+    own = {"teacher": "t.pt", "kd_loss": "l1", "kd": 0.6, "kd_ramp": 500, "weights": "teacher", "precision": "bf16"}
     rest = {name: value for name, value in found.items() if name not in INHERITED}
-    expected = settings.SMALL | settings.SMALL_RETINANET | own
+    expected = settings.COCO | settings.SMALL | settings.SMALL_RETINANET | own
     assert rest == {name: value for name, value in expected.items() if name not in INHERITED}
 
 
 @pytest.mark.parametrize("name", INHERITED)
 def test_what_is_typed_wins_over_what_is_inherited(name):
     typed = {name: INHERITED[name][1]}
-    found = vars(settings.settle(typed, distill.OWN, settings.inherit(teacher_content(), "t.pt")))
+    found = vars(settings.settle(settings.inherit(teacher_content(), "t.pt") | typed, distill.OWN, 300, CPU))
     expected = {other: value for other, (value, _) in INHERITED.items()} | typed
     assert {other: found[other] for other in INHERITED} == expected
 
 
-def test_a_teacher_without_a_run_gives_its_network_only(tmp_path):
-    data = images(tmp_path / "data", 20_000)
-    found = settings.settle(
-        {"data": data}, distill.OWN, settings.inherit(teacher_content() | {"training": None}, "t.pt")
-    )
-    assert (found.data, found.recipe, found.short_sides) == (data, "coco", settings.COCO["short_sides"])
+def test_a_teacher_without_a_run_gives_its_network_only():
+    known = settings.inherit(teacher_content() | {"training": None}, "t.pt") | {"data": "d"}
+    found = settings.settle(known, distill.OWN, 20_000, CUDA)
+    assert (found.data, found.recipe, found.short_sides) == ("d", "coco", settings.COCO["short_sides"])
     assert (found.test_side, found.backbone, found.width) == (320, "resnet101", 0.75)
 
 
-@pytest.mark.parametrize("stored", [7, {"data": 7}, {"recipe": "huge"}, {"short_sides": ["64"]}, {"short_sides": 64}])
-def test_a_teacher_s_settings_that_nobody_has_are_its_file_s_fault(stored):
-    content = teacher_content() | {"training": {"settings": stored}}
+def test_settings_that_are_none_are_the_teacher_s_file_s_fault():
     with pytest.raises(InputError, match="t.pt: a damaged checkpoint"):
-        settings.settle({}, distill.OWN, settings.inherit(content, "t.pt"))
+        settings.inherit(teacher_content() | {"training": {"settings": 7}}, "t.pt")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from msad import align, distillation, models
 from msad.engine import processes
-from msad.engine.run import build_optimizer, check_finite, set_learning_rate
+from msad.engine.optimizer import build_optimizer, set_learning_rate
+from msad.engine.run import check_finite
 from msad.engine.settings import COCO
 from msad.fusion import LOSS_WEIGHTS
 from msad.images import pad_to_multiple
