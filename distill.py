@@ -110,7 +110,9 @@ def main():
         results = run.evaluate(settings.iters)
 
     rows["student @ low"] = results["low"]
-    run.report(rows, drawing.compare_columns(teacher, student, ["low"]), ["evaluate.py", "--ckpt"])
+    columns = drawing.columns_of("teacher", teacher, ["fused", "low"])
+    columns |= drawing.columns_of("student", student, ["low"])
+    run.report(rows, columns, ["evaluate.py", "--ckpt"])
 
 
 def check_teacher(settings, out, teacher, checksum, saved):

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # msad and the scripts, for 
 @pytest.fixture(autouse=True, scope="session")
 def costs_are_counted_once():
     """Hundreds of runs begin with what their model costs, and few models differ; counting outlasts a step."""
-    from msad.engine import evaluation
+    from msad.engine import cost
 
-    count, known = evaluation.count_cost, {}
+    count, known = cost.count_cost, {}
 
     def counted(model, *what):
         key = repr((model.config, *what))
@@ -28,7 +28,7 @@ def costs_are_counted_once():
         return dict(known[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "count_cost", counted)
+        patch.setattr(cost, "count_cost", counted)
         yield
 
 

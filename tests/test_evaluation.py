@@ -19,9 +19,9 @@ from torch import nn
 
 from msad import models
 from msad.data import annotations
-from msad.engine import checkpoint, evaluation
 from msad.data.dataset import CocoDataset
-from msad.engine.evaluation import count_cost
+from msad.engine import checkpoint, cost, evaluation
+from msad.engine.cost import PARTS, count_cost
 
 NOTHING = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0, np.float32), "labels": np.zeros(0, np.int64)}
 
@@ -176,7 +176,9 @@ def test_a_model_is_evaluated_on_every_image_in_the_files_pixels(tmp_path, kind,
             # The same picture, given to the model on its own.
             (alone,) = model.detect(Image.open(truth.path(index)), branch)
             np.testing.assert_allclose(np.sort(found["scores"]), np.sort(alone["scores"].numpy()), atol=1e-4)
-            np.testing.assert_allclose(found["boxes"][0], alone["boxes"][0], atol=0.05)
+            # Whatever has a nearly equal score may come first.
+            distances = np.abs(found["boxes"][:, None] - alone["boxes"].numpy()).max(2)
+            assert (distances.min(1)[: len(found["boxes"]) // 2] < 0.05).all()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -186,7 +188,7 @@ def test_evaluating_and_counting_leave_the_model_as_it_was(tmp_path, training):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     evaluation.evaluate(model, dataset, ["high"], 2)
     count_cost(model, "fused", 64, 64)
-    evaluation.measure_cost(model, dataset, "low", images=1)
+    cost.measure_cost(model, dataset, "low", images=1)
     assert all(module.training == training for module in model.modules())
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
 
@@ -210,7 +212,7 @@ def gmacs(model, branch, height, width):
 
 def by_hand(model, branch, images):
     """{part: multiply-accumulates / 1e9}, counted in hooks from each layer's definition while it runs."""
-    counted = dict.fromkeys((*evaluation.PARTS, "fusion"), 0)
+    counted = dict.fromkeys((*PARTS, "fusion"), 0)
 
     def hook(part):
         def add(layer, inputs, output):
@@ -236,7 +238,7 @@ def test_macs_are_those_of_every_convolution_that_runs(kind, branch, head):
     expected = by_hand(model, branch, torch.zeros(1, 3, *((64, 96) if kind == "low" else (128, 192))))
     assert (expected["fusion"] > 0) == (branch == "fused")
     expected["total"] = sum(expected.values())
-    assert found == pytest.approx({name: expected[name] for name in (*evaluation.PARTS, "total")}, rel=1e-9)
+    assert found == pytest.approx({name: expected[name] for name in (*PARTS, "total")}, rel=1e-9)
 
 
 def test_the_head_by_arithmetic():
@@ -273,8 +275,8 @@ def test_the_size_is_the_commonest_and_only_such_images_are_timed(data, kind, mo
     dataset = CocoDataset(annotations.read(data, "val"), (128,), 256, model.downsample)
     timed, clock = [], iter(range(1000))
     monkeypatch.setattr(CocoDataset, "__getitem__", spy(CocoDataset.__getitem__, timed))
-    monkeypatch.setattr(evaluation, "now", lambda device: next(clock) ** 2 / 1000)
-    found = evaluation.measure_cost(model, dataset, model.branches[0], images=3)
+    monkeypatch.setattr(cost, "now", lambda device: next(clock) ** 2 / 1000)
+    found = cost.measure_cost(model, dataset, model.branches[0], images=3)
     assert found["size"] == [128, 192] and timed == [1, 1, 1, 2, 3]
     # The clock is read at 0, 1, 4, ... ms, three times an image; the first two images are the warm-up.
     assert found["ms"] == pytest.approx({"network": 19, "postprocessing": 21})

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from msad.engine import checkpoint, evaluation
+from msad.engine import checkpoint, cost
 from msad.engine.drawing import ticks
 
 # Row: the run's folder, the branch, and what the row is called.
@@ -117,7 +117,7 @@ def points(runs, found, head):
         for seed in list(seeds)[:1]:
             model = checkpoint.load(Path(runs) / f"{head}-{seed}" / folder / "last.pt")
             side = model.config.short_side
-            total = evaluation.count_cost(model, branch, side, side)["gmacs"]["total"]
+            total = cost.count_cost(model, branch, side, side)["gmacs"]["total"]
             ap = statistics.mean(100 * e["AP"] for e in seeds.values())
             result.append((name.replace("*", ""), folder, total, ap))
     return result

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from msad import align
 from msad.data import annotations
 from msad.engine import checkpoint, drawing, processes
+from msad.data.reading import read_image
 from msad.data.dataset import CocoDataset, SHAPES, eval_batches, loader
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}  # COCO's, in the file's pixels
@@ -95,7 +96,7 @@ def choose(found, columns, autocast):
     best, index = -1, 0
     for i in range(len(found)):
         truth = drawing.truth(found, i)
-        seen = drawing.detect_all(pictures.read_image(found.path(i)), columns, autocast)
+        seen = drawing.detect_all(read_image(found.path(i)), columns, autocast)
         first, *_, last = (right_less_wrong(detections, truth) for detections in seen.values())
         if last - first > best:
             best, index = last - first, i
@@ -115,7 +116,7 @@ def main():
     columns |= drawing.columns_of("student", checkpoint.load(runs / "student" / "last.pt"), ["low"])
     autocast = processes.autocast(torch.device("cpu"), "fp32")
     index, gain = choose(found, columns, autocast)
-    strip = drawing.compare(found, index, columns, autocast, side=320, per_row=3)
+    strip = drawing.compare(found, index, columns, autocast, side=320)
     strip.save(figures / "strip.png", optimize=True)
     print(f"gate {table.tolist()}\nstrip: image {found.image_ids[index]}, student ahead by {gain}")
 

@@ -5,44 +5,36 @@ strips of several images. Everything is drawn after the image was brought to the
 text stays readable however small or large the file is.
 """
 
-import colorsys
 import json
-import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from ..data.errors import InputError, input_errors, write_errors
+from ..data.errors import InputError, write_errors
 from ..data.reading import read_image
 
 THRESHOLD = 0.4  # score below which nothing is drawn
-TAGS = 100  # of a panel, for the best
-SIDE = 512  # pixels of a panel's long side beside others
+SIDE = 720  # pixels of a panel's long side
 INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), (225, 225, 225)
 
 
 def columns_of(name, model, branches):
-    """{label: (copy of the model for inference, branch)}, the columns of a strip; labels as in "teacher @ fused"."""
+    """What is drawn beside the ground truth, {"NAME @ BRANCH": (a copy of the model for inference, branch)}."""
     model = model.folded()
     return {f"{name} @ {branch}": (model, branch) for branch in branches}
 
 
-def compare_columns(teacher, student, branches):
-    """The columns that set a student, or another model, against what a teacher makes of both resolutions and of L."""
-    name = {"low": "student", "teacher": "checkpoint"}.get(student.config.kind, student.config.kind)
-    return columns_of("teacher", teacher, ["fused", "low"]) | columns_of(name, student, branches)
-
-
 def detect_all(image, columns, autocast):
-    """What `columns`, {label: (model, branch)}, find in one image (3,h,w) uint8 -> {label: detections}."""
+    """What the columns, {label: (model, branch)}, find in one image (3,h,w) uint8 -> {label: detections}."""
     with autocast:
         return {label: model.detect(image, branch)[0] for label, (model, branch) in columns.items()}
 
@@ -54,52 +46,39 @@ def truth(annotations, index):
 
 
 def spread_indices(annotations, count):
-    """Indices of at most `count` images, evenly spread over those of a set that have boxes, if any has."""
-    has = np.diff(annotations.starts) > 0
-    full = np.flatnonzero(has | ~has.any())
-    return full[np.linspace(0, len(full) - 1, min(count, len(full))).astype(int)].tolist()
+    """Indices of at most `count` images, evenly spread over those of a set that have objects, if any has."""
+    full = annotations.trainable().tolist() or range(len(annotations))
+    return [full[i] for i in np.linspace(0, len(full) - 1, min(count, len(full))).astype(int)]
 
 
-def compare(annotations, index, columns, autocast, **style):
-    """A strip of an annotated image: ground truth and what `columns` find. `style` is for `strip`."""
+def compare(annotations, index, columns, autocast, threshold=THRESHOLD, side=SIDE):
+    """A strip of an annotated image, read as it is in training: ground truth and what the columns find."""
     image = read_image(annotations.path(index), tuple(map(int, annotations.sizes[index])))
     found = {"ground truth": truth(annotations, index)} | detect_all(image, columns, autocast)
-    return strip(image, found, annotations.classes, **style)
+    return strip(image, found, annotations.classes, threshold, side)
 
 
 def sheet(annotations, columns, autocast, count=6):
-    """A few images of a set, small, each a strip as in `compare`."""
-    panels = 1 + len(columns)
+    """A few images of a set, small, each a strip as in `compare`, one below the other."""
     indices = spread_indices(annotations, count)
-    strips = [compare(annotations, i, columns, autocast, side=320, per_row=panels) for i in indices]
-    return tile(strips, max(1, 4 // panels), gap=0)
+    return join([compare(annotations, index, columns, autocast, side=320) for index in indices], down=True)
 
 
-def strip(image, found, classes, threshold=THRESHOLD, side=SIDE, per_row=3):
-    """An image (3,h,w) uint8 with {label: detections} -> a picture of one panel each, at most `per_row` in a row.
+def strip(image, found, classes, threshold=THRESHOLD, side=SIDE):
+    """An image (3,h,w) uint8 with {label: detections} -> a picture of one panel each, side by side.
 
     Detections are as from `detect`, in the image's pixels; without "scores" they are drawn whatever the threshold.
     """
-    if len(found) == 1:  # alone there is room for all of it
-        side = max(side, min(2 * SIDE, max(image.shape[1:])))
-    rows = math.ceil(len(found) / per_row)
-    panels = [panel(image, detections, classes, label, threshold, side) for label, detections in found.items()]
-    return tile(panels, math.ceil(len(found) / rows))
+    return join([panel(image, detections, classes, label, threshold, side) for label, detections in found.items()])
 
 
-def tile(pictures, columns, gap=16):
-    """Pictures in rows, on white."""
-    rows = [pictures[first : first + columns] for first in range(0, len(pictures), columns)]
-    width = max(sum(picture.width + gap for picture in row) for row in rows)
-    heights = [max(picture.height for picture in row) for row in rows]
-    canvas = Image.new("RGB", (width + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
-    y = gap
-    for row, height in zip(rows, heights):
-        x = gap
-        for picture in row:
-            canvas.paste(picture, (x, y))
-            x += picture.width + gap
-        y += height + gap
+def join(pictures, down=False, gap=16):
+    """Pictures side by side, or one below the other (`down`), on white."""
+    starts = list(accumulate((picture.size[down] + gap for picture in pictures), initial=0))
+    across = max(picture.size[not down] for picture in pictures)
+    canvas = Image.new("RGB", (across, starts[-1] - gap) if down else (starts[-1] - gap, across), PAPER)
+    for picture, start in zip(pictures, starts):
+        canvas.paste(picture, (0, start) if down else (start, 0))
     return canvas
 
 
@@ -114,7 +93,6 @@ def panel(image, found, classes, label, threshold=THRESHOLD, side=SIDE):
     if drawn:
         boxes = torch.as_tensor(found["boxes"])[drawn].cpu() * scale
         names = [classes[found["labels"][i]]["name"] + ("" if scores is None else f" {scores[i]:.2f}") for i in drawn]
-        names[:-TAGS] = [None] * len(names[:-TAGS])  # of thousands none could be read
         hues = [color(int(found["labels"][i])) for i in drawn]
         pixels = draw_bounding_boxes(pil_to_tensor(picture), boxes, names, hues, width=2, fill_labels=True)
         picture = to_pil_image(pixels)
@@ -128,37 +106,31 @@ def panel(image, found, classes, label, threshold=THRESHOLD, side=SIDE):
 
 def color(index):
     """A colour for a class or a line: steps of the golden angle, so that neighbours differ most."""
-    hue = (0.58 + index * 0.381966) % 1
-    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.8, (0.75, 0.95)[index % 2]))
+    return ImageColor.getrgb(f"hsv({(209 + 137.508 * index) % 360:.0f},80%,{(75, 95)[index % 2]}%)")
+
+
+HUES = {"loss": INK, "fused": color(0), "high": color(1), "low": color(2), "kd": color(3)}  # of the lines of a chart
 
 
 def read_all(source):
     """Yield (number, path, image) for a picture, or for each in a folder (not below it), numbered by name from 1.
 
-    Files of a folder that cannot be read are left out with a line each, and counted; only hidden ones are passed over.
-    InputError if nothing is left.
+    Files of a folder that cannot be read are left out with a line each, and counted, links to nothing too; only hidden
+    ones are passed over. InputError if nothing is left.
     """
-    source = Path(source)
-    if not source.exists():
-        raise InputError(f"{source}: no such picture or folder")
-    files, left_out = [source], 0
-    if source.is_dir():
-        with input_errors(source, "cannot be read"):
-            visible = [file for file in source.iterdir() if not file.name.startswith(".")]
-            # What does not exist is a link to nothing, which counts as a file that cannot be read.
-            files = sorted(file for file in visible if file.is_file() or not file.exists())
+    source, left_out = Path(source), 0
+    visible = sorted(file for file in source.glob("[!.]*") if file.is_file() or file.is_symlink())
+    files = visible if source.is_dir() else [source]
     for number, path in enumerate(tqdm(files, "looking", leave=False, disable=None), start=1):
         try:
-            image = read_image(path)
+            yield number, path, read_image(path)
         except InputError as error:
             if path == source:
                 raise
             left_out += 1
             tqdm.write(f"left out: {error}", file=sys.stderr)
-        else:
-            yield number, path, image
     if left_out == len(files):
-        raise InputError(f"{source}: no readable picture in this folder")
+        raise InputError(f"{source}: no readable picture in this folder; folders in it are not looked into")
     if left_out:
         print(f"left out: {left_out} of {len(files)} files", file=sys.stderr)
 
@@ -187,56 +159,39 @@ def draw_run(out, log, annotations, columns, autocast):
 
 def curve(log):
     """The text of a run's log.jsonl -> a picture: its losses, and AP where it was evaluated, over the iterations."""
-    losses, scores = {}, {}
-    for line in log.splitlines():
-        entry = json.loads(line)
+    losses, scores = defaultdict(list), defaultdict(list)
+    for entry in map(json.loads, log.splitlines()):
+        right = entry.get("done", entry.get("iteration"))
         if "branch" in entry:
-            scores.setdefault(entry["branch"], []).append((entry["done"], 100 * max(0, entry["AP"])))
+            scores[entry["branch"]].append((right, 100 * max(0, entry["AP"])))
             continue
         parts = Counter()  # the parts of a branch's loss, "high/cls" and others, are summed up
         for name, value in entry.items():
-            if name not in ("iteration", "lr"):
-                parts[name.split("/")[0]] += value
-        for name, value in parts.items():
-            losses.setdefault(name, []).append((entry["iteration"], value))
-    right = max([1] + [x for line in (losses | scores).values() for x, _ in line])
-    order = list(dict.fromkeys(["fused", "high", "low", *losses, *scores]))
-    hues = {name: INK if name == "loss" else color(order.index(name)) for name in order}
-    charts = [chart(losses, hues, "loss over iterations", right), chart(scores, hues, "AP over iterations", right)]
-    return tile(charts, 1)
+            parts[name.split("/")[0]] += value
+        for name in [name for name in HUES if name in parts]:
+            losses[name].append((right, parts[name]))
+    return join([chart(losses, "loss over iterations", right), chart(scores, "AP over iterations", right)], down=True)
 
 
-def chart(lines, hues, title, right, size=(1000, 380)):
+def chart(lines, title, right):
     """Lines {name: [(x, y)]} from 0 to `right` and from 0 up, with axes and names."""
-    fine = 3  # drawn larger, then reduced, which smooths the lines
-    font, (width, height) = ImageFont.load_default(15 * fine), (side * fine for side in size)
-    canvas = Image.new("RGB", (width, height), PAPER)
+    font, canvas = ImageFont.load_default(45), Image.new("RGB", (3000, 1140), PAPER)
     pen = ImageDraw.Draw(canvas)
-    x0, y0, x1, y1 = 60 * fine, 40 * fine, width - 24 * fine, height - 30 * fine
-    values = sorted(y for line in lines.values() for _, y in line)
-    top = 1.08 * values[-1 - len(values) // 100] if values and values[-1] > 0 else 1  # a few outliers are cut off
+    x0, y0, x1, y1 = 180, 120, canvas.width - 72, canvas.height - 90
+    values = [y for line in lines.values() for _, y in line]
+    top = 1.08 * np.quantile(values, 0.99, method="higher") if any(values) else 1  # a few outliers are cut off
     at = lambda x, y: (x0 + (x1 - x0) * x / right, max(y0, y1 - (y1 - y0) * y / top))
-    for y in ticks(top):
-        pen.line([at(0, y), at(right, y)], GREY, fine)
-        pen.text((x0 - 8 * fine, at(0, y)[1]), f"{y:g}", INK, font, anchor="rm")
-    for x in ticks(right):
-        pen.text((at(x, 0)[0], y1 + 9 * fine), f"{x:g}", INK, font, anchor="mt")
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        x, y = at(part * right, part * top)
+        pen.line([x0, y, x1, y], GREY, 3)
+        pen.text((x0 - 24, y), f"{part * top:.3g}", INK, font, anchor="rm")
+        pen.text((x, y1 + 27), f"{part * right:g}", INK, font, anchor="mt")
     pen.text((x0, y0 / 2), title, INK, font, anchor="lm")
     x = x1
     for name, line in reversed(lines.items()):
-        pen.line([at(*point) for point in line], hues[name], 2 * fine, joint="curve")
-        if len(line) == 1:
-            x2, y2 = at(*line[0])
-            pen.ellipse([x2 - 4 * fine, y2 - 4 * fine, x2 + 4 * fine, y2 + 4 * fine], hues[name])
-        text = f"{name} {line[-1][1]:.1f}"
+        pen.line([at(*point) for point in line], HUES[name], 6, joint="curve")
+        pen.circle(at(*line[-1]), 9, HUES[name])  # of a single point nothing else is seen
+        text = f"{name} {line[-1][1]:.1f}   "
         x -= font.getlength(text)
-        pen.text((x, y0 / 2), text, hues[name], font, anchor="lm")
-        x -= 24 * fine
-    return canvas.resize(size, Image.Resampling.LANCZOS)
-
-
-def ticks(top):
-    """0 and up to ten round numbers more, the last at most `top`."""
-    step = 10 ** math.floor(math.log10(top))
-    step = next(s for s in (step / 5, step / 2, step, 2 * step) if top / s <= 8)
-    return [round(i * step, 10) for i in range(math.floor(top / step) + 1)]
+        pen.text((x, y0 / 2), text, HUES[name], font, anchor="lm")
+    return canvas.reduce(3)  # which smooths the lines

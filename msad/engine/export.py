@@ -59,6 +59,8 @@ def save(path, model, branch, precision="fp32"):
         raise InputError(f"--export {path}: needs {' and '.join(missing)}; pip install onnx onnxscript, or give a .pt2")
     if suffix == ".onnx" and precision != "fp32":
         raise InputError(f"--precision {precision}: onnxruntime computes in fp32 on a CPU; export to a .pt2")
+    with write_errors(path):  # tried before the work
+        open(path, "ab").close()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights in channels_last, which are saved as they should be
         program = trace(Exported(model, branch, precision).eval())

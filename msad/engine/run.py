@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..data.dataset import TrainBatches, loader
 from ..data.errors import InputError, checkpoint_errors, write_errors
-from . import checkpoint, drawing, evaluation, processes
+from . import checkpoint, cost, drawing, evaluation, levels, processes
 from .files import open_locked, sync
 from .optimizer import restore_state
 
@@ -51,9 +51,9 @@ def open_folder(out, resume):
     return log
 
 
-def keep_earlier(out):
+def keep_earlier(out, names=("last.pt", "log.jsonl", "curve.png", "sheet.jpg")):
     """Give the files of an earlier run a number of their own -> whether there were any."""
-    files = [out / name for name in ("last.pt", "log.jsonl", "curve.png", "sheet.jpg")]
+    files = [out / name for name in names]
     files = [path for path in files if path.exists() and path.stat().st_size]
     if files:
         number = 1
@@ -72,19 +72,19 @@ def print_header(settings, model, train, val, device, out):
     config, photos = model.config, len(train.trainable())
     head = f"{config.head} {config.head_convs}x{config.head_channels}"
     side = -(-config.short_side // config.pad) * config.pad
-    cost = evaluation.count_cost(model, model.branches[0], side, side)
+    counted = cost.count_cost(model, model.branches[0], side, side)
     short_side = sorted(settings.short_sides)[len(settings.short_sides) // 2]
     print(f"train     {train.summary()}")
     print(f"val       {val.summary()}")
     print(f"model     {config.kind}: {config.backbone} x{config.width:g}, FPN {config.fpn_channels}, {head}")
-    print(f"cost      {evaluation.cost_line(model.branches[0], cost)}")
+    print(f"cost      {cost.cost_line(model.branches[0], counted)}")
     print(
         f"schedule  {settings.recipe} recipe: {settings.iters} iterations of {settings.batch} images = "
         f"{settings.iters * settings.batch / photos:.3g} epochs of {photos} images with boxes, "
         f"{settings.optimizer}, lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up, "
         f"seed {settings.seed}"
     )
-    print(evaluation.describe_levels(config, train, short_side, settings.long_side, "cpu"))
+    print(levels.describe_levels(config, train, short_side, settings.long_side, "cpu"))
     threads = f"{processes.world_size()} process(es) of {torch.get_num_threads()} threads"
     print(f"device    {processes.describe(device)}, {settings.precision}, {threads}")
     print(f"folder    {out}", flush=True)
