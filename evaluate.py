@@ -179,7 +179,7 @@ def look_at_images(args, classes, columns, out, autocast):
             found.append((len(names), list(seen.values())[-1]))
             names.append(file.name)
             if args.draw:
-                drawing.save(drawing.strip(image, seen, classes, args.threshold), out, number, file)
+                drawing.save(drawing.strip(image, seen, classes, args.threshold, 2 * drawing.SIDE), out, number, file)
     finally:  # whatever ends it, Ctrl-C too, what was found must not be lost for it
         if names:
             results = evaluation.coco_results(found, names, [c["id"] for c in classes])

@@ -126,14 +126,14 @@ def test_a_strip_is_its_panels_side_by_side_and_others_are_put_below_one_another
     strip = np.asarray(drawing.strip(GREY, {label: found([0, 0, 9, 9]) for label in labels}, CLASSES, side=SIDE))
     one = np.asarray(panel(found([0, 0, 9, 9]), labels[0]))
     height, width = one.shape[:2]
-    assert strip.shape == (height, 3 * width + 32, 3) and [text for text in written if "number" in text][:3] == labels
-    for x in range(0, 3 * (width + 16), width + 16):
-        assert np.array_equal(strip[height - SIDE :, x : x + width], one[height - SIDE :])
+    assert strip.shape == (height + 32, 3 * width + 64, 3) and [text for text in written if "number" in text][:3] == labels
+    for x in range(16, 3 * (width + 16), width + 16):
+        assert np.array_equal(strip[16 + height - SIDE : -16, x : x + width], one[height - SIDE :])
         assert (strip[:, x + width : x + width + 16] == 255).all()
     tiles = [Image.new("RGB", size, (10, 20, 30)) for size in ((30, 20), (10, 50))]
     pixels = np.asarray(drawing.join(tiles, down=True, gap=7))
-    assert pixels.shape == (77, 30, 3) and (pixels == (10, 20, 30)).all(2).sum() == 30 * 20 + 10 * 50
-    assert (pixels[:20] == (10, 20, 30)).all() and (pixels[27:, :10] == (10, 20, 30)).all()
+    assert pixels.shape == (91, 44, 3) and (pixels == (10, 20, 30)).all(2).sum() == 30 * 20 + 10 * 50
+    assert (pixels[7:27, 7:37] == (10, 20, 30)).all() and (pixels[34:84, 7:17] == (10, 20, 30)).all()
 
 
 def test_pictures_to_draw_are_spread_over_those_with_boxes(tmp_path):
@@ -240,6 +240,46 @@ def test_a_single_picture_and_no_drawing(home, photos):
     assert {e["file_name"] for e in json.loads((out / "detections.json").read_text())} == {"b.png"}
 
 
+def test_results_of_other_pictures_are_kept_and_a_data_set_is_drawn_elsewhere(home, photos):
+    flags, out = ["--ckpt", home / "student.pt", *CPU], home / "found"
+    for file, said in (("b.png", False), ("c.png", True)):
+        printed = succeed(evaluate, *flags, "--images", photos / file)
+        assert ("detections.1.json" in printed) == said
+    for name, file in (("detections.1.json", "b.png"), ("detections.json", "c.png")):
+        assert {e["file_name"] for e in json.loads((out / name).read_text())} == {file}
+    before = sorted(out.iterdir())
+    succeed(evaluate, *flags, "--data", home / "data", "--draw", 1)
+    assert sorted(out.iterdir()) == before and len(list((home / "pictures").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_picture_is_drawn_as_it_is_trained_on(tmp_path, kept):
+    """EXIF says to turn it by a quarter; the annotated size says whether its boxes were drawn on it turned or not."""
+    picture = np.full((60, 100, 3), 128, np.uint8)
+    picture[10:20, 30:60] = (255, 0, 0)
+    picture, box = (picture, [30, 10, 30, 10]) if kept else (np.rot90(picture), [10, 40, 10, 30])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "val").mkdir()
+    stored = picture if kept else np.rot90(picture)  # to be shown turned to the right
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "val" / "a.png", exif=exif)
+    height, width = picture.shape[:2]
+    images = [{"id": 1, "file_name": "a.png", "height": height, "width": width}]
+    boxes = [{"id": 1, "image_id": 1, "category_id": 3, "bbox": box, "iscrowd": 0}]
+    write(tmp_path, {"images": images, "annotations": boxes, "categories": CLASSES}, "val")
+    read = annotations.read(tmp_path, "val")
+    columns = drawing.columns_of("student", tiny_model("low"), ["low"])
+    for make in (drawing.compare, lambda *a, **k: drawing.sheet(a[0], *a[2:])):
+        panels = make(read, 0, columns, contextlib.nullcontext(), threshold=1.1)
+        pixels = np.asarray(panels).astype(int)[:, : panels.width // 2]
+        red = (pixels[..., 0] > 150) & (pixels[..., 1:] < 90).all(2)
+        outline = (np.abs(pixels - drawing.color(0)) < 40).all(2)
+        for where in (red.nonzero(), outline.nonzero()):
+            assert len(where[0]) > 20
+        for y, x in zip(red.nonzero(), outline.nonzero()):  # the same place, but for the line's own width
+            assert abs(y.min() - x.min()) < 20 and abs(y.max() - x.max()) < 20
+
+
 def test_bad_pictures_of_a_folder_are_named_counted_and_left_out(home, photos):
     (photos / "bad.jpg").write_text("hello")
     code, _, complained = call(evaluate, "--ckpt", home / "student.pt", "--images", photos, *CPU)
@@ -331,9 +371,9 @@ def test_runs_end_with_a_curve_and_a_sheet_of_every_branch(data, tmp_path, monke
         assert printed.splitlines()[-1].startswith("next: python")
         assert labels == 6 * ["ground truth", *branches]
         labels.clear()
-        assert Image.open(tmp_path / name / "curve.png").size == (1000, 776)
+        assert Image.open(tmp_path / name / "curve.png").size == (1032, 808)
         width, height = Image.open(tmp_path / name / "sheet.jpg").size
-        assert 900 < width < 1500 and height > 1200
+        assert 1500 < width < 1800 and height > 1200
 
 
 def test_a_picture_that_cannot_be_drawn_costs_nothing(data, tmp_path, monkeypatch):

@@ -14,13 +14,13 @@ from helpers import tiny_config, tiny_model
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from scripts import succeed
+from scripts import call, complaint, succeed
 from torch import nn
 
 from msad import models
 from msad.data import annotations
 from msad.data.dataset import CocoDataset
-from msad.engine import checkpoint, cost, evaluation
+from msad.engine import checkpoint, cost, evaluation, export
 from msad.engine.cost import PARTS, count_cost
 
 NOTHING = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0, np.float32), "labels": np.zeros(0, np.int64)}
@@ -303,3 +303,62 @@ def test_evaluate_reports_the_cost_of_every_branch(data, tmp_path):
         assert numbers["cost"]["gmacs"] == counted and min(numbers["cost"]["ms"].values()) > 0
         assert f"{branch}: {counted['total']:.2f} GMACs" in printed and "128x192" in printed
     assert printed.count("measured on cpu, fp32, 1 thread") == 1
+
+
+# Results: tried before the work, written before a word is said, and nothing that is read is written to.
+
+
+@pytest.fixture
+def home(data):
+    """The data set, a checkpoint beside it, and the flags that evaluate it."""
+    checkpoint.save(data / "model.pt", tiny_model("low"))
+    return data
+
+
+def flags(home, *more):
+    return ["--ckpt", home / "model.pt", "--data", home, "--device", "cpu", "--precision", "fp32", *more]
+
+
+@pytest.mark.parametrize("flag", ["--json", "--detections", "--export"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(home, monkeypatch, flag):
+    monkeypatch.setattr(evaluation, "evaluate", None)  # is never called
+    monkeypatch.setattr(export, "trace", None)
+    data = [] if flag == "--export" else ["--data", home]
+    (home / "folder.pt2").mkdir()
+    for place in ("none/x.pt2", "folder.pt2"):
+        line = complaint(evaluate, "--ckpt", home / "model.pt", "--device", "cpu", *data, flag, home / place)
+        assert line.startswith(f"error: {home}/{place}: cannot be written")
+
+
+@pytest.mark.parametrize("slip", ["ckpt", "annotations", "linked", "other result"])
+def test_what_is_read_or_written_already_is_refused_and_stays(home, monkeypatch, slip):
+    monkeypatch.setattr(evaluation, "evaluate", None)  # is never called
+    (home / "linked.json").symlink_to(home / "model.pt")
+    ways = {"ckpt": home / "model.pt", "annotations": annotation_path(home, "val"), "linked": home / "linked.json"}
+    path = ways.get(slip, home / "result.json")
+    before = path.read_bytes() if path.exists() else b""
+    other = ["--json", home / "val" / ".." / "result.json"] if slip == "other result" else []
+    line = complaint(evaluate, *flags(home, *other, "--detections", path))
+    assert f"{path}: is read, or written to, by the same command" in line and path.read_bytes() == before
+
+
+def test_an_earlier_result_stays_until_the_new_one_is_there(home, monkeypatch):
+    (home / "a.json").write_text("earlier")
+    monkeypatch.setattr(evaluation, "evaluate", raise_interrupt)
+    assert call(evaluate, *flags(home, "--json", home / "a.json"))[0] == 130
+    assert (home / "a.json").read_text() == "earlier"
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_files_are_written_before_a_word_is_said(home, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.argv", ["", *map(str, flags(home, "--json", home / "a", "--detections", home / "b"))])
+    with pytest.raises(BrokenPipeError), contextlib.redirect_stdout(Closed()):
+        evaluate.main()
+    assert json.loads((home / "a").read_text())["low"] and json.loads((home / "b").read_text())

@@ -23,7 +23,7 @@ from ..data.errors import InputError, write_errors
 from ..data.reading import read_image
 
 THRESHOLD = 0.4  # score below which nothing is drawn
-SIDE = 720  # pixels of a panel's long side
+SIDE = 512  # pixels of a panel's long side
 INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), (225, 225, 225)
 
 
@@ -61,7 +61,7 @@ def compare(annotations, index, columns, autocast, threshold=THRESHOLD, side=SID
 def sheet(annotations, columns, autocast, count=6):
     """A few images of a set, small, each a strip as in `compare`, one below the other."""
     indices = spread_indices(annotations, count)
-    return join([compare(annotations, index, columns, autocast, side=320) for index in indices], down=True)
+    return join([compare(annotations, index, columns, autocast, side=400) for index in indices], down=True, gap=0)
 
 
 def strip(image, found, classes, threshold=THRESHOLD, side=SIDE):
@@ -74,11 +74,11 @@ def strip(image, found, classes, threshold=THRESHOLD, side=SIDE):
 
 def join(pictures, down=False, gap=16):
     """Pictures side by side, or one below the other (`down`), on white."""
-    starts = list(accumulate((picture.size[down] + gap for picture in pictures), initial=0))
-    across = max(picture.size[not down] for picture in pictures)
-    canvas = Image.new("RGB", (across, starts[-1] - gap) if down else (starts[-1] - gap, across), PAPER)
+    starts = list(accumulate((picture.size[down] + gap for picture in pictures), initial=gap))
+    across = max(picture.size[not down] for picture in pictures) + 2 * gap
+    canvas = Image.new("RGB", (across, starts[-1]) if down else (starts[-1], across), PAPER)
     for picture, start in zip(pictures, starts):
-        canvas.paste(picture, (0, start) if down else (start, 0))
+        canvas.paste(picture, (gap, start) if down else (start, gap))
     return canvas
 
 
