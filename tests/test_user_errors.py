@@ -111,9 +111,9 @@ def test_evaluation_needs_a_checkpoint_a_branch_and_a_place(home):
     (home / "empty").mkdir()
     assert "instances_val*.json: no such file" in complaint(evaluate, *student, "--data", home / "empty")
     assert "--device warp" in complaint(evaluate, *data_flags, *student, "--device", "warp")
-    (home / "student" / "pictures").mkdir()
-    looked_at = complaint(evaluate, *student, "--images", home / "student" / "pictures")
-    assert "--out" in looked_at and not list((home / "student" / "pictures").iterdir())
+    (home / "student" / "found").mkdir()
+    looked_at = complaint(evaluate, *student, "--images", home / "student" / "found")
+    assert "--out" in looked_at and not list((home / "student" / "found").iterdir())
 
 
 @pytest.fixture
