@@ -63,6 +63,7 @@ def random_set(data, seed, boxes=60):
     content["categories"].insert(1, {"id": 50, "name": "never seen"})
     for number, a in enumerate(content["annotations"]):  # a third each small, medium and of any size
         a["bbox"][2:] = [min(side, (30.25, 80.5, 400)[number % 3]) for side in a["bbox"][2:]]
+        a["area"] = 0.9 * a["bbox"][2] * a["bbox"][3]
     write(data, content, "val")
     return annotations.read(data, "val")
 

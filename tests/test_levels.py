@@ -63,7 +63,8 @@ def test_pictures_without_boxes_are_not_looked_at(tmp_path, head, boxes):
 
 
 def test_where_the_finest_level_learns_few_the_line_says_what_to_change(tmp_path):
-    for sides, told in (((40,) * 9 + (250,), False), ((250,) * 9, True)):
-        line = levels.describe_levels(tiny_config("high", object_scale=1.0), boxes_of(tmp_path, sides), 256, 256, CPU)
+    read = boxes_of(tmp_path, (40, 50, 60))
+    for scale, told in ((1.0, False), (0.1, True)):
+        line = levels.describe_levels(tiny_config("high", object_scale=scale), read, 256, 256, CPU)
         assert line.startswith("levels    ") and "strides 8, 16, 32, 64, 128" in line and "short side 256" in line
         assert ("--object-scale" in line) == told
