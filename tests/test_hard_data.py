@@ -191,8 +191,8 @@ def test_results_written_to_a_file_are_what_coco_s_own_tools_read(tmp_path, kind
     def annotate(content):  # some of what is found becomes true
         for number, entry in enumerate(json.loads(path.read_text())[::3]):
             x, y, w, h = entry["bbox"]
-            box = [x + 0.1 * w, y, 0.8 * w, h]
-            found = {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box, "area": 0.8 * w * h}
+            box = [x + 0.1 * w, y, 0.77 * w, h]  # no IoU of 0.75 or 0.8, a threshold
+            found = {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box, "area": 0.77 * w * h}
             content["annotations"].append(found | {"id": number + 1, "iscrowd": int(number % 5 == 0)})
 
     for change in (rename, annotate):
