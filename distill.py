@@ -20,6 +20,7 @@ from msad.engine.optimizer import build_optimizer, set_learning_rate
 from msad.engine.run import INTERRUPTED, Run, check_finite, evaluate_all, find_checkpoint, open_folder, print_header
 from msad.engine.run import train_loader
 from msad.engine.settings import Setting, inherit, model_config, parse_flags, resume_settings, settle
+from msad.engine.weights import copy_matching, load_weights
 
 OWN = {  # settings of this script alone
     "teacher": Setting("", "the teacher's checkpoint (needed)"),
@@ -133,9 +134,9 @@ def new_student(settings, teacher):
     student = models.build(model_config(settings, "low", teacher.config.classes))
     line = "from random weights"
     if settings.weights != "none":
-        line = f"from the teacher {checkpoint.start_from(student, teacher.state_dict())}"
+        line = f"from the teacher {copy_matching(student, teacher.state_dict())}"
     if settings.weights not in ("teacher", "none"):
-        checkpoint.load_weights(student, settings.weights)
+        load_weights(student, settings.weights)
         line += f"; then from --weights {settings.weights}"
     processes.print_once(f"student   {line}")
     return student

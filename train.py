@@ -18,6 +18,7 @@ from msad.engine import checkpoint, drawing, processes
 from msad.engine.optimizer import build_optimizer, set_learning_rate
 from msad.engine.run import INTERRUPTED, Run, check_finite, find_checkpoint, open_folder, print_header, train_loader
 from msad.engine.settings import Setting, model_config, parse_flags, resume_settings, settle
+from msad.engine.weights import load_weights
 from msad.fusion import LOSS_WEIGHTS
 
 OWN = {  # settings of this script alone
@@ -58,7 +59,7 @@ def main():
     else:
         model = models.build(model_config(settings, kind, train.classes))
         if settings.weights != "none":
-            checkpoint.load_weights(model, settings.weights)
+            load_weights(model, settings.weights)
     layout = processes.training_layout(device, settings.precision)
     network = processes.parallel(model.to(device, memory_format=layout), settings.norm)
     optimizer = build_optimizer(model, settings)

@@ -3,11 +3,10 @@
 The exported network takes `images`, uint8 RGB (N,3,h,w): any number of pictures of one size, at the size that the model
 reads. It gives `boxes` (N,R,4) in their pixels, not clipped to them, and `scores` (N,R,K), 0 where the class is below
 the threshold; boxes without any score are 0. Normalisation, padding to the model's multiple and decoding are inside.
-What remains for the caller, resizing, NMS and scaling back, is shown in the README; what it takes is in the file as
+What remains for the caller, resizing, NMS and scaling back, is shown in .github/exported.py; what it takes is in the file as
 JSON (see `describe`), under NOTES in a .pt2's extra files or an .onnx's metadata.
 """
 
-import importlib.util
 import io
 import json
 import warnings
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import align
-from ..data.errors import InputError, write_errors
+from ..data.errors import InputError, input_errors, write_errors
 from ..heads import SCORE_THRESHOLD
 from ..postprocess import DETECTIONS_PER_IMAGE
 from . import processes
@@ -54,42 +53,36 @@ def save(path, model, branch, precision="fp32"):
     suffix = Path(path).suffix
     if suffix not in (".pt2", ".onnx"):
         raise InputError(f"--export {path}: must end in .pt2 or .onnx")
-    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-    if suffix == ".onnx" and missing:
-        raise InputError(f"--export {path}: needs {' and '.join(missing)}; pip install onnx onnxscript, or give a .pt2")
     if suffix == ".onnx" and precision != "fp32":
         raise InputError(f"--precision {precision}: onnxruntime computes in fp32 on a CPU; export to a .pt2")
     with write_errors(path):  # tried before the work
         open(path, "ab").close()
-    with warnings.catch_warnings():
+    notes = json.dumps(describe(model, branch))
+    mend = "pip install onnx onnxscript, or give a .pt2"
+    with warnings.catch_warnings(), input_errors(f"--export {path}", "a package is missing", mend, ImportError):
         warnings.simplefilter("ignore")  # of weights in channels_last, which are saved as they should be
         program = trace(Exported(model, branch, precision).eval())
-        notes = json.dumps(describe(model, branch))
         content = to_onnx(program, notes) if suffix == ".onnx" else to_pt2(program, notes)
     with write_errors(path):
         Path(path).write_bytes(content)
-    opset = f", opset {OPSET}" if suffix == ".onnx" else ""
-    return f"images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,{len(model.config.classes)}){opset}"
+    return f"images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,{len(model.config.classes)})"
 
 
 def describe(model, branch):
     """What a caller of the exported network needs to know. Sides and `scale` are as in ModelConfig and Detector: the
     input is the picture fitted to the sides and divided by the scale."""
-    config = model.config
-    about = {"kind": config.kind, "branch": branch, "classes": config.classes, "multiple": model.multiple}
-    about |= {"short_side": config.short_side, "long_side": config.long_side}
-    about |= {"scale": model.scale, "downsample": model.downsample or "", "score_threshold": SCORE_THRESHOLD}
-    return about | {"nms_iou": model.head.nms_threshold, "detections": DETECTIONS_PER_IMAGE}
+    about = {name: getattr(model.config, name) for name in ("kind", "classes", "short_side", "long_side")}
+    about |= {"branch": branch, "multiple": model.multiple, "scale": model.scale, "downsample": model.downsample or ""}
+    about |= {"score_threshold": SCORE_THRESHOLD, "nms_iou": model.head.nms_threshold}
+    return about | {"detections": DETECTIONS_PER_IMAGE}
 
 
 @torch.no_grad()
 def trace(network):
     """The network as PyTorch's graph, for any number of pictures of any size."""
     free = {dim: torch.export.Dim.DYNAMIC for dim in (0, 2, 3)}
-    images = torch.zeros(SAMPLE, dtype=torch.uint8)
-    program = torch.export.export(
-        network, (images,), dynamic_shapes=(free,), prefer_deferred_runtime_asserts_over_guards=True
-    )
+    details = {"dynamic_shapes": (free,), "prefer_deferred_runtime_asserts_over_guards": True}
+    program = torch.export.export(network, (torch.zeros(SAMPLE, dtype=torch.uint8),), **details)
     # Its assertions would refuse small pictures, where a map has a single cell. The arithmetic is the same there.
     graph = program.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
@@ -100,12 +93,14 @@ def trace(network):
 
 
 def to_pt2(program, notes):
+    """The bytes of a .pt2 file."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={NOTES: notes})
     return file.getvalue()
 
 
 def to_onnx(program, notes):
+    """The bytes of an .onnx file."""
     names = {"input_names": ["images"], "output_names": ["boxes", "scores"]}
     exported = torch.onnx.export(program, **names, opset_version=OPSET, dynamo=True, verbose=False)
     exported.model.metadata_props[NOTES] = notes

@@ -3,13 +3,12 @@
 import errno
 import functools
 import os
-import pickle
 import sys
 from pathlib import Path
 
 import torch
 
-from ..data.errors import InputError, write_errors
+from ..data.errors import LFS_POINTER, InputError, input_errors, write_errors
 
 try:
     import fcntl
@@ -21,30 +20,32 @@ NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what fsync answers w
 
 def read_tensors(path):
     """Whatever a PyTorch file holds, loaded without running its code. Raises InputError."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file")
+    with input_errors(path, "cannot be read"), open(path, "rb") as file:
+        is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    if is_pointer:
+        raise InputError(f"{path}: a pointer of Git LFS, not the file itself; git lfs pull fetches that")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused: not a file of plain tensors (damaged, or it carries code)") from None
-    except Exception as error:  # the unpickler answers damaged bytes with almost any exception
-        raise InputError(f"{path}: not a PyTorch file, or damaged ({type(error).__name__})") from None
+    except Exception as error:  # the unpickler answers damaged bytes with almost any, and some advise to run the code
+        fault = f"damaged, or it carries code: {type(error).__name__}"
+        raise InputError(f"{path}: refused: not a file of plain tensors ({fault})") from None
 
 
 def write_tensors(path, content):
     """Save to a file that is replaced in one step, so a crash or a full disk leaves the previous one whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            sync(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); what stood there before is untouched") from None
+    mend = "what stood there before is untouched"
+    with input_errors(path, "cannot be written", mend, (OSError, RuntimeError)):
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                sync(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def open_locked(path):

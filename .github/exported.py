@@ -1,0 +1,66 @@
+"""What evaluate.py --export wrote, run on pictures without the package msad.
+
+    python .github/exported.py student.pt2 PICTURE...     needs torch, torchvision and Pillow
+    python .github/exported.py student.onnx PICTURE...    and onnxruntime
+
+It prints what is found, best first: picture, class, score from 0 to 1, and the box x1 y1 x2 y2 in the pixels of the upright picture.
+Copy from here what a program of yours needs: `load` once, then `find` for each picture.
+"""
+
+import importlib
+import json
+import sys
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.transforms.functional import pil_to_tensor
+
+
+def load(path):
+    """A file -> the network, images (N,3,h,w) uint8 to boxes (N,R,4) and scores (N,R,K), and a dict of what it needs:
+    "classes", the sizes of its input, "nms_iou" and others, see msad/engine/export.py."""
+    if path.endswith(".onnx"):
+        session = importlib.import_module("onnxruntime").InferenceSession(path)  # a .pt2 does without it
+        about = session.get_modelmeta().custom_metadata_map["msad.json"]
+        return lambda images: map(torch.from_numpy, session.run(None, {"images": images.numpy()})), json.loads(about)
+    extra_files = {"msad.json": ""}
+    network = torch.export.load(path, extra_files=extra_files).module()
+    return network, json.loads(extra_files["msad.json"])
+
+
+def resize(picture, about):
+    """A PIL image in RGB -> the network's input (1,3,h,w): at the size it was made for, or at half of that."""
+    zoom = min(Fraction(about["short_side"], min(picture.size)), Fraction(about["long_side"], max(picture.size)))
+    width, height = (max(1, int(side * zoom)) for side in picture.size)
+    if about["downsample"] == "area":
+        filter = Image.Resampling.HAMMING if height <= picture.height else Image.Resampling.BILINEAR
+        return pil_to_tensor(picture.resize((-(-width // 2), -(-height // 2)), filter))[None]
+    pixels = F.interpolate(pil_to_tensor(picture)[None], (height, width), mode="bilinear", antialias=True)
+    return pixels[..., ::2, ::2] if about["downsample"] == "nearest" else pixels
+
+
+def find(network, about, picture):
+    """The objects in a PIL image in RGB, best first: boxes (D,4) in its pixels, scores (D,), labels (D,)."""
+    pixels = resize(picture, about)
+    boxes, scores = (output[0] for output in network(pixels))
+    location, label = scores.nonzero(as_tuple=True)
+    scores = scores[location, label]
+    keep = batched_nms(boxes[location] - boxes.min(), scores, label, about["nms_iou"])  # it wants no negative sides
+    size = torch.tensor([pixels.shape[-1], pixels.shape[-2]])
+    boxes = clip_boxes_to_image(boxes[location[keep]], pixels.shape[-2:]) * (torch.tensor(picture.size) / size).repeat(2)
+    seen = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[: about["detections"], 0]
+    return boxes[seen], scores[keep[seen]], label[keep[seen]]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    network, about = load(sys.argv[1])
+    for path in sys.argv[2:]:
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as a camera's pictures are seen
+        found = find(network, about, picture)
+        for box, score, label in zip(*(values.tolist() for values in found)):
+            print(path, about["classes"][label]["name"], f"{score:.4f}", *(f"{side:.2f}" for side in box))
