@@ -1,5 +1,5 @@
-"""Weights from elsewhere: made-up files against the networks they stand for, computed the plain way; and for files that
-cannot be used a line that says which tensor does not fit, or what is wrong."""
+"""Weights from elsewhere: made-up files against the networks they stand for, computed the plain way; and one line for
+files that cannot be used."""
 
 import re
 from urllib.error import URLError
@@ -10,9 +10,11 @@ import torch.nn.functional as F
 import torchvision
 from authors_files import WIDTHS, Network, authors_input, empty_state, random_state
 from helpers import tiny_model
+from scripts import complaint, succeed
 
 from msad import InputError, align
-from msad.engine import checkpoint, settings
+from msad.engine import authors, checkpoint, settings
+from msad.engine.weights import load_weights
 
 SIZES = [(128, 150), (101, 192)]  # of two images in a batch of 128x192
 
@@ -30,17 +32,6 @@ def torchvision_input(images, sizes):
         for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
             row[channel, :height, :width] = (image[channel, :height, :width] / 255 - mean) / std
     return x
-
-
-def model_of(state, want=None):
-    return checkpoint.restore(checkpoint.from_authors(state, "a.pth", want), "a.pth")
-
-
-def counted(capsys):
-    """The numbers of tensors in the only line that was printed: the used ones, and those dropped for each reason."""
-    printed = capsys.readouterr().out
-    assert printed.startswith("weights   ") and printed.count("\n") == 1
-    return [int(n) for n in re.findall(r"(\d+) (?:tensors|\()", printed)]
 
 
 def assert_close(ours, theirs):
@@ -65,7 +56,7 @@ def assert_branch_agrees(pyramid, outputs, maps, network):
 @pytest.mark.parametrize("width", [0.25, 0.5])
 def test_a_teacher_computes_what_the_authors_slimmable_network_does(images, width):
     state = random_state("teacher", width)
-    model, network = model_of({"model": state}), Network(state, "T", width)
+    model, network = authors.convert(state), Network(state, "T", width)
     x = authors_input(images, SIZES)
     high, low = network.pyramid(x), network.pyramid(F.interpolate(x, scale_factor=0.5, mode="nearest"))
     maps = {"high": [high[level] for level in range(3, 8)], "low": [low[level] for level in range(2, 7)]}
@@ -85,7 +76,7 @@ def test_a_teacher_computes_what_the_authors_slimmable_network_does(images, widt
 @pytest.mark.parametrize("width", [0.25, 0.5])
 def test_a_student_computes_what_the_authors_slimmable_network_does(images, width):
     state = random_state("student", width, only="S_")
-    model, network = model_of(state), Network(state, "S", width)
+    model, network = authors.convert(state), Network(state, "S", width)
     found = network.pyramid(F.interpolate(authors_input(images, SIZES), scale_factor=0.5, mode="nearest"))
     low = align.downsample(model.normalize(images, SIZES), model.config.downsample)
     pyramids, outputs = model(low)
@@ -99,13 +90,14 @@ def test_a_slimmable_imagenet_backbone_sees_what_it_was_trained_on(images, width
     state["module.features.0.0.weight"] *= 60  # for an input of order one
     torch.save({"model": state}, tmp_path / "a.pt")
     model = tiny_model("high", backbone="resnet50", width=width)
-    checkpoint.load_weights(model, str(tmp_path / "a.pt"))
+    load_weights(model, str(tmp_path / "a.pt"))
     plain = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     ours = model.backbone(model.normalize(images, SIZES))
     theirs = Network(plain, "", width).features(torchvision_input(images, SIZES), "features")
     for our, their in zip(ours, theirs, strict=True):
         assert_close(our, their)
-    assert counted(capsys) == [318, 795, 2]  # other widths' BatchNorm, and the classifier, are dropped
+    printed = capsys.readouterr().out  # 53 convolutions, 53 BatchNorms of 5 tensors; three widths' BatchNorm, a classifier
+    assert printed == f"weights   --weights {tmp_path}/a.pt: taken backbone 318; left behind 797\n"
 
 
 @torch.inference_mode()
@@ -119,8 +111,8 @@ def test_torchvision_weights_compute_what_torchvision_does(source, images, tmp_p
     downloads = {("resnet18", "IMAGENET1K_V1"): theirs}
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: downloads[name, weights])
     model = tiny_model("high", width=1.0)
-    checkpoint.load_weights(model, "imagenet" if source == "a download" else str(tmp_path / "a.pth"))
-    assert counted(capsys) == [len(state) - 2, 2]  # the classifier is dropped
+    load_weights(model, "imagenet" if source == "a download" else str(tmp_path / "a.pth"))
+    assert f": taken backbone {len(state) - 2}; left behind 2\n" in capsys.readouterr().out  # the classifier
 
     x = images / 255
     maps = model.backbone(x)
@@ -130,161 +122,141 @@ def test_torchvision_weights_compute_what_torchvision_does(source, images, tmp_p
         torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-5)
 
 
-def test_the_teacher_of_a_students_file_is_the_one_of_a_teachers_file():
-    student = random_state("student", 0.25, only="T_")
-    teacher = {name: tensor for name, tensor in student.items() if not name.startswith("S_")}
-    found = checkpoint.from_authors(student, "a.pth", want="teacher")
-    alone = checkpoint.from_authors(teacher, "a.pth")
-    assert found["config"] == alone["config"] and found["config"].kind == "teacher"
-    assert found["model"].keys() == alone["model"].keys()
-    assert all(torch.equal(tensor, alone["model"][name]) for name, tensor in found["model"].items())
+@pytest.fixture
+def convert(tmp_path):
+    """Write a content as a file of theirs, convert it by the command -> the model."""
+
+    def run(content, *flags, **details):
+        (tmp_path / "ours.pt").unlink(missing_ok=True)
+        torch.save(content, tmp_path / "theirs.pth", **details)
+        line = succeed(authors, tmp_path / "theirs.pth", tmp_path / "ours.pt", *flags)
+        model = checkpoint.load(tmp_path / "ours.pt")
+        role = {"low": "student", "teacher": "teacher"}[model.config.kind]
+        assert line == f"written to {tmp_path}/ours.pt: the authors' {role}, width {model.config.width:g}\n"
+        return model
+
+    return run
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-@pytest.mark.parametrize("layout", ["wrapped", "bare", "old"])
-def test_files_are_recognised_by_what_is_in_them(kind, layout, tmp_path, capsys):
-    path = tmp_path / {"teacher": "student.pth", "student": "teacher.pt"}[kind]
+@pytest.mark.parametrize("kind, layout", [("teacher", "wrapped"), ("student", "bare"), ("student", "old")])
+def test_files_are_converted_whatever_is_around_them(kind, layout, convert):
     state = empty_state(kind, 0.5)
     content = {"model": state, "iteration": 89999, "optimizer": {"state": {}, "param_groups": [{"lr": 0.01}]}}
-    torch.save(state if layout == "bare" else content, path, _use_new_zipfile_serialization=layout != "old")
-    model = checkpoint.load(path)
-    config = model.config
+    content = state if layout == "bare" else content
+    config = convert(content, _use_new_zipfile_serialization=layout != "old").config
     assert config.kind == {"teacher": "teacher", "student": "low"}[kind]
     assert (config.backbone, config.width, config.head, config.fpn_channels) == ("resnet50", 0.5, "fcos", 256)
     assert (config.head_convs, config.head_channels, config.object_scale) == (4, 256, 1.0)
     assert (config.pad, config.downsample, config.short_side, config.long_side) == (256, "nearest", 800, 1333)
-    assert not model.training
-    assert capsys.readouterr().out.startswith(f"weights   {path}: the authors' {kind}, width 0.5: ")
-
-
-def test_the_classes_are_those_of_coco():
-    classes = checkpoint.from_authors(empty_state("teacher"), "a.pth")["config"].classes
-    ids = {c["id"]: c["name"] for c in classes}
+    ids = {c["id"]: c["name"] for c in config.classes}
     assert list(ids) == sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
     assert [ids[i] for i in (1, 3, 13, 44, 90)] == ["person", "car", "stop sign", "bottle", "toothbrush"]
-    assert len(set(ids.values())) == len(classes) == 80
+    assert len(set(ids.values())) == len(config.classes) == 80
 
 
-def test_the_width_is_told_by_the_shapes():
-    for width in WIDTHS:
-        assert checkpoint.from_authors(empty_state("teacher", width), "a.pth")["config"].width == width
-
-
-@pytest.mark.parametrize(
-    "kind, want, parts",
-    [  # 53 convolutions, 53 BatchNorms of 5 tensors for each width, 20 (18 without P7), 41 of the head, 2 of the gate
-        ("teacher", None, [381, 795]),
-        ("student", None, [377, 1176, 795, 2]),
-        ("student", "teacher", [381, 795, 1174]),
-    ],
-)
-def test_the_printed_line_accounts_for_every_tensor(kind, want, parts, capsys):
-    state = empty_state(kind)
-    checkpoint.from_authors(state, "a.pth", want)
-    assert counted(capsys) == parts and sum(parts) == len(state)
-
-
-def test_distillation_can_start_from_the_teacher_in_a_students_file(tmp_path):
-    torch.save(empty_state("student", 0.5), tmp_path / "a.pth")
-    content = checkpoint.read(tmp_path / "a.pth", want="teacher")
-    assert content["config"].kind == "teacher"
-    inherited = settings.inherit(content, tmp_path / "a.pth")
-    expected = {"backbone": "resnet50", "width": 0.5, "pad": 256, "downsample": "nearest", "test_side": 800}
+def test_the_teacher_of_a_students_file_is_the_one_of_a_teachers_file(convert, tmp_path):
+    student = random_state("student", 0.25, only="T_")
+    found = convert(student, "--teacher")
+    alone = convert({name: tensor for name, tensor in student.items() if not name.startswith("S_")})
+    assert found.config == alone.config and found.config.kind == "teacher"
+    assert all(tensor.equal(alone.state_dict()[name]) for name, tensor in found.state_dict().items())
+    inherited = settings.inherit(checkpoint.read(tmp_path / "ours.pt", want="teacher"), "ours.pt")
+    expected = {"backbone": "resnet50", "width": 0.25, "pad": 256, "downsample": "nearest", "test_side": 800}
     assert inherited.items() >= expected.items() and "data" not in inherited
 
 
-def test_a_file_of_theirs_can_be_saved_as_one_of_ours(tmp_path):
-    source, target = tmp_path / "a.pth", tmp_path / "b.pt"
-    torch.save({"model": random_state("teacher", 0.25)}, source)
-    before = checkpoint.load(source)
-    checkpoint.save(target, before)
-    after = checkpoint.load(target)
-    assert after.config == before.config
-    assert after.state_dict().keys() == before.state_dict().keys()
-    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in after.state_dict().items())
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_width_is_told_by_the_shapes_and_old_files_lack_counters(width):
+    state = {n: tensor for n, tensor in empty_state("student", width).items() if not n.endswith("num_batches_tracked")}
+    assert authors.convert(state).config.width == width
 
 
 # Files that cannot be used.
-
-
-@pytest.mark.parametrize("prefix", ["T_", "S_"])
-@pytest.mark.parametrize("fault", ["missing", "unknown", "wrong shape", "no tensor"])
-def test_a_tensor_that_does_not_fit_is_named(prefix, fault):
-    state = empty_state("student")
-    name = f"{prefix}backbone.bottom_up.features.7.body.4.bn.2.running_mean"
-    if fault == "missing":
-        del state[name]
-    elif fault == "unknown":
-        name = f"{prefix}backbone.fpn_lateral6.weight"
-        state[name] = torch.zeros(1)
-    else:
-        state[name] = torch.zeros(97) if fault == "wrong shape" else [0.0] * 96
-    message = re.escape(f"a.pth: the authors' student, width 0.25: tensor {name} is ")
-    with pytest.raises(InputError, match=message) as error:
-        checkpoint.from_authors(state, "a.pth")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("lateral", [None, torch.zeros(256, 100, 1, 1), torch.zeros(64), "text"])
-def test_a_file_of_no_known_width_is_refused(lateral):
-    name = "T_backbone.fpn_lateral2.weight"
-    state = empty_state("teacher") | {name: lateral}
-    with pytest.raises(InputError, match=name):
-        checkpoint.from_authors({k: v for k, v in state.items() if v is not None}, "a.pth")
-
-
-def test_only_the_counters_of_batchnorm_may_be_missing():
-    state = {n: tensor for n, tensor in empty_state("student").items() if not n.endswith("num_batches_tracked")}
-    assert model_of(state).config.kind == "low"
 
 
 class Code:
     """Something that only code could restore."""
 
 
+def spoilt(name, value):
+    """A student's state dict with one tensor replaced, or left out."""
+    state = empty_state("student") | {name: value}
+    return {n: tensor for n, tensor in state.items() if tensor is not None}
+
+
+MEAN = "S_backbone.bottom_up.features.7.body.4.bn.0.running_mean"
+LATERAL = "S_backbone.fpn_lateral2.weight"
+NO_DETECTOR = "not a detector of the paper's authors, or damaged"
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
+        (spoilt(MEAN, None), r"Missing key.*layer2.3.bn2.running_mean"),
+        (spoilt("S_backbone.fpn_lateral6.weight", torch.zeros(1)), "Unexpected key.*fpn.lateral.6.weight"),
+        (spoilt(MEAN, torch.zeros(97)), r"size mismatch for backbone.layer2.3.bn2.running_mean"),
+        (spoilt(MEAN, [0.0] * 96), NO_DETECTOR),
+        (spoilt(LATERAL, None), f"KeyError: '{LATERAL}'"),
+        (spoilt(LATERAL, torch.zeros(256, 100, 1, 1)), NO_DETECTOR),
+        (spoilt(LATERAL, "text"), NO_DETECTOR),
         ({"model": Code()}, "refused"),
-        ([1, 2], "holds no weights"),
-        ({1: torch.zeros(1)}, "holds no weights"),
-        ({"model": {"conv1.weight": torch.zeros(1)}}, "neither a checkpoint of this program nor"),
-        (empty_state("imagenet"), "neither a checkpoint of this program nor .* --weights FILE --width W"),
+        ([1, 2], NO_DETECTOR),
+        (empty_state("imagenet"), NO_DETECTOR),
     ],
 )
-def test_what_is_no_detector_is_refused_in_one_line(content, message, tmp_path):
+def test_what_is_no_whole_detector_is_refused_in_one_line(content, message, tmp_path):
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=f"a.pth: {message}") as error:
+    line = complaint(authors, tmp_path / "a.pth", tmp_path / "b.pt")
+    assert line.startswith(f"error: {tmp_path}/a.pth: ") and re.search(message, line)
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_a_file_that_is_not_converted_is_refused_with_the_command_that_converts_it(tmp_path):
+    torch.save(empty_state("teacher"), tmp_path / "a.pth")
+    with pytest.raises(InputError, match="a.pth: not a checkpoint of this program; .* python -m msad.engine.authors"):
         checkpoint.load(tmp_path / "a.pth")
-    assert "\n" not in str(error.value)
+    (tmp_path / "b.pt").write_bytes(b"work")
+    assert "is there already" in complaint(authors, tmp_path / "a.pth", tmp_path / "b.pt")
+    assert (tmp_path / "b.pt").read_bytes() == b"work"
 
 
 @pytest.mark.parametrize(
     "content, backbone, message",
     [
         ({"model": Code()}, "resnet50", "refused"),
-        (empty_state("teacher", 0.5), "resnet50", r"does not fit .* --width 0.5 \(not 0.25\)"),
-        (empty_state("imagenet"), "resnet18", "holds a slimmable resnet50, not a resnet18"),
-        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "resnet18", "width 0.25: tensor bn1.weight is missing"),
-        (torchvision.models.resnet18().state_dict(), "resnet18", r"conv1.weight is \(64, .* must be \(16, 3, 7, 7\)"),
-        (empty_state("imagenet") | {"module.neck": torch.zeros(1)}, "resnet50", "slimmable .* neck is unknown"),
+        (empty_state("teacher", 0.5), "resnet50", "python -m msad.engine.authors"),
+        (empty_state("imagenet"), "resnet18", "not ImageNet weights for --backbone resnet18 --width 0.25"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "resnet18", "Missing key"),
+        (torchvision.models.resnet18().state_dict(), "resnet18", "size mismatch for conv1.weight"),
+        (empty_state("imagenet") | {"module.neck": torch.zeros(1)}, "resnet50", "Unexpected key.* \"neck\""),
+        ([1], "resnet50", "not ImageNet weights"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_in_one_line_and_change_nothing(content, backbone, message, tmp_path):
+def test_weights_that_do_not_fit_are_refused_in_one_line(content, backbone, message, tmp_path):
     torch.save(content, tmp_path / "a.pth")
-    model = tiny_model("high", backbone=backbone)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=f"a.pth: .*{message}") as error:
-        checkpoint.load_weights(model, str(tmp_path / "a.pth"))
+        load_weights(tiny_model("high", backbone=backbone), str(tmp_path / "a.pth"))
     assert "\n" not in str(error.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_failed_download_is_an_error_of_one_line(monkeypatch):
-    def fail(name, weights):
-        raise URLError("no route to host")
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>not found</html>", "another network"])
+def test_damaged_weights_in_the_cache_of_downloads_are_named(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    file = tmp_path / "checkpoints" / url.split("/")[-1]
+    file.parent.mkdir()
+    if content == "another network":
+        torch.save({"conv1.weight": torch.zeros(1)}, file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=f"IMAGENET1K_V1 of resnet18: cannot be loaded .*; delete {file}") as error:
+        load_weights(tiny_model("high", width=1.0), "imagenet")
+    assert "\n" not in str(error.value)
 
-    monkeypatch.setattr(torchvision.models, "get_model", fail)
-    with pytest.raises(InputError, match="of resnet18 cannot be downloaded .*no route to host.*--weights FILE") as error:
-        checkpoint.load_weights(tiny_model("high"), "imagenet")
+
+def test_a_failed_download_is_an_error_of_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: (_ for _ in ()).throw(URLError("no route to host")))
+    with pytest.raises(InputError, match="of resnet18: cannot be loaded .*no route to host.*--weights FILE") as error:
+        load_weights(tiny_model("high"), "imagenet")
     assert "\n" not in str(error.value)

@@ -131,7 +131,7 @@ MISFITS = {  # what is done to a checkpoint's content, and what the message name
     "unknown kind": (lambda content: content["config"].update(kind="unheard of"), "unheard of"),
     "unknown field": (lambda content: content["config"].update(novelty=1), "novelty"),
     "missing field": (lambda content: content["config"].pop("classes"), "classes"),
-    "another format": (lambda content: content.update(msad=2), "neither a checkpoint of this program"),
+    "another format": (lambda content: content.update(msad=2), "not a checkpoint of this program"),
     "no model": (lambda content: content.pop("model"), "model"),
     "no description": (lambda content: content.update(config=None), ""),
 }

@@ -1,8 +1,7 @@
-"""Exported networks: the README's lines run with them, and find what the model itself finds."""
+"""Exported networks: .github/exported.py runs them without the package, and finds what the model itself finds."""
 
-import contextlib
 import functools
-import re
+import importlib.util
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from helpers import CLASSES, tiny_model
 from PIL import Image
 from scripts import ROOT, complaint, succeed
 
+from msad import align
 from msad.engine import checkpoint, processes
 from msad.engine.export import Exported, describe
 
@@ -22,14 +22,16 @@ SIZES = ((90, 150), (300, 200))  # height, width of pictures that are enlarged, 
 CASES = [("fcos", "low", "low"), ("retinanet", "low", "low"), ("fcos", "teacher", "fused")]
 
 
-def shown_lines():
-    """The README's imports, what loads a .pt2, what finds objects in a picture, and what loads an .onnx in the notes."""
-    (first,) = re.findall(r"```python\n(from fractions.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (onnx,) = re.findall(r"```python\n(session =.*?)```", (ROOT / ".github" / "NOTES.md").read_text(), re.S)
-    imports, load, find = first.split("\n\n")
-    assert len(find.splitlines()) == 10
-    network, about, picture = load.splitlines()
-    return imports, f"{network}\n{about}", f"{picture}\n{find}", onnx
+def load_script():
+    """The module .github/exported.py."""
+    specification = importlib.util.spec_from_file_location("exported", ROOT / ".github" / "exported.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    return script
+
+
+exported = load_script()
+load = functools.cache(exported.load)  # loading takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -61,28 +63,6 @@ def picture(size, seed):
     return blocks.resize((width, height), Image.Resampling.BICUBIC)
 
 
-@functools.cache  # loading takes seconds
-def loaded_as_shown(folder, suffix=".pt2"):
-    """What the README's imports and the lines that load a file leave behind, run in a folder."""
-    imports, load, _, load_onnx = shown_lines()
-    names = {}
-    exec(imports, names)
-    if suffix == ".onnx":
-        names["onnxruntime"] = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    with contextlib.chdir(folder):
-        exec(load_onnx if suffix == ".onnx" else load, names)
-    return names
-
-
-def found_as_shown(folder, loaded, size, seed, **others):
-    """What the README's lines for a picture leave behind. `others` stand in for what was loaded."""
-    picture(size, seed).save(folder / "picture.png")
-    names = loaded | others
-    with contextlib.chdir(folder):
-        exec(shown_lines()[2], names)
-    return names
-
-
 def rows(detections):
     """Detections as rows in which all numbers that may differ a little are comparable, and labels are far apart."""
     columns = detections["boxes"], detections["scores"][:, None], 1e4 * detections["labels"][:, None]
@@ -91,51 +71,47 @@ def rows(detections):
 
 def assert_same(found, expected, tolerance):
     """The same boxes, scores and labels, whatever the order of near ties."""
-    ours, theirs = rows({key: found[key] for key in ("boxes", "scores", "labels")}), rows(expected)
+    ours, theirs = rows(dict(zip(("boxes", "scores", "labels"), found))), rows(expected)
     assert len(ours) == len(theirs) > 10
     difference = (ours[:, None] - theirs[None]).abs().amax(-1)
     assert difference.amin(0).max() < tolerance and difference.amin(1).max() < tolerance
 
 
-def expected_of(model, branch, names, batch=None):
-    """What the model finds in the pixels that the README's lines made, the last of a batch, in the picture's own."""
-    *_, expected = model.detect(batch or names["pixels"][0], branch, resize=False)
-    scale = torch.tensor(names["picture"].size) / torch.tensor(names["size"])
-    return expected | {"boxes": expected["boxes"] * scale.repeat(2)}
-
-
 @pytest.mark.parametrize("head, kind, branch", CASES)
-def test_the_lines_shown_find_what_the_model_finds(export, head, kind, branch):
+def test_the_script_finds_what_the_model_finds(export, head, kind, branch):
     model, folder = export(head, kind, branch, ".pt2")
-    loaded = loaded_as_shown(folder)
+    network, about = load(f"{folder}/student.pt2")
     for size in SIZES:
-        several = [found_as_shown(folder, loaded, size, seed) for seed in range(3)]
-        for names in several:
-            assert_same(names, expected_of(model, branch, names), 1e-4)
-            if kind == "low":
-                (expected,) = model.detect([names["picture"]])
-                assert_same(names, expected, 1e-4)
-            else:  # Pillow resizes here and PyTorch in the model: some pixels differ, by a grey level or two.
-                resized = model.resized(torch.from_numpy(np.array(names["picture"])).permute(2, 0, 1))
-                difference = (names["pixels"][0].int() - resized.int()).abs()
-                assert difference.max() <= 2 and (difference > 0).float().mean() < 0.02
+        pictures = [picture(size, seed) for seed in range(3)]
+        for image in pictures:
+            assert_same(exported.find(network, about, image), model.detect(image, branch)[0], 1e-4)
         # Three pictures at once: so many have kernels of their own, which round otherwise.
-        pixels = torch.cat([names["pixels"] for names in several])
-        boxes, scores = loaded["network"](pixels)
-        together = found_as_shown(folder, loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
-        assert_same(together, expected_of(model, branch, several[2], list(pixels)), 1e-4)
+        boxes, scores = network(torch.cat([exported.resize(image, about) for image in pictures]))
+        together = exported.find(lambda _: (boxes[2:], scores[2:]), about, pictures[2])
+        assert_same(together, model.detect(pictures, branch)[2], 1e-4)
 
 
 @pytest.mark.parametrize("kind, branch", [("high", "high"), ("conventional", "low"), ("teacher", "low")])
-def test_the_other_kinds_give_the_branch_that_is_asked_for(tmp_path, kind, branch):
+def test_the_other_kinds_give_the_branch_that_is_asked_for(kind, branch):
     """Without PyTorch's tracing, which takes long."""
-    model = tiny_model(kind)
+    model, image = tiny_model(kind), picture(SIZES[0], 0)
     model.head.cls_logits.weight.data /= 5
-    names = {"network": Exported(model, branch).eval(), "about": describe(model, branch)}
-    exec(shown_lines()[0], names)
     with torch.no_grad():
-        found = found_as_shown(tmp_path, names, SIZES[0], 0)
-    assert_same(found, expected_of(model.folded(), branch, found), 1e-4)
+        found = exported.find(Exported(model, branch).eval(), describe(model, branch), image)
+    assert_same(found, model.folded().detect(image, branch)[0], 1e-4)
+
+
+def test_the_script_prints_what_it_finds(export, tmp_path):
+    model, folder = export("fcos", "low", "low", ".pt2")
+    picture(SIZES[0], 0).save(tmp_path / "picture.png")
+    command = [sys.executable, ROOT / ".github" / "exported.py", folder / "student.pt2", tmp_path / "picture.png"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    (expected,) = model.detect(Image.open(tmp_path / "picture.png"))
+    assert len(lines) == len(expected["scores"]) > 10
+    path, name, score, *box = lines[0].split()
+    assert path == str(tmp_path / "picture.png") and name == CLASSES[int(expected["labels"][0])]["name"]
+    assert float(score) == pytest.approx(expected["scores"][0].item(), abs=1e-3)
+    assert [float(side) for side in box] == pytest.approx(expected["boxes"][0].tolist(), abs=0.05)
 
 
 @pytest.mark.parametrize("head", ["fcos", "retinanet"])
@@ -143,18 +119,17 @@ def test_onnxruntime_finds_the_same(export, head):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     model, folder = export(head, "low", "low", ".onnx")
-    loaded = loaded_as_shown(folder, ".onnx")
+    network, about = load(f"{folder}/student.onnx")
     for size in SIZES:
-        several = [found_as_shown(folder, loaded, size, seed) for seed in range(3)]
-        for names in several:
-            assert_same(names, expected_of(model, "low", names), 1e-3)
-        boxes, scores = loaded["network"](torch.cat([names["pixels"] for names in several]))
-        together = found_as_shown(folder, loaded, size, 2, network=lambda _: (boxes[2:], scores[2:]))
-        assert_same(together, expected_of(model, "low", several[2]), 1e-3)
-    session = loaded["session"]
-    assert [(i.name, i.type) for i in session.get_inputs()] == [("images", "tensor(uint8)")]
-    assert [o.name for o in session.get_outputs()] == ["boxes", "scores"]
+        pictures = [picture(size, seed) for seed in range(3)]
+        for image in pictures:
+            assert_same(exported.find(network, about, image), model.detect(image)[0], 1e-3)
+        boxes, scores = network(torch.cat([exported.resize(image, about) for image in pictures]))
+        together = exported.find(lambda _: (boxes[2:], scores[2:]), about, pictures[2])
+        assert_same(together, model.detect(pictures)[2], 1e-3)
     content = pytest.importorskip("onnx").load(folder / "student.onnx")
+    assert [i.name for i in content.graph.input] == ["images"]
+    assert [o.name for o in content.graph.output] == ["boxes", "scores"]
     assert [(o.domain, o.version) for o in content.opset_import] == [("", 20)]
     assert [path.name for path in folder.glob("*.onnx*")] == ["student.onnx"]  # weights and all
 
@@ -164,12 +139,13 @@ def test_pictures_may_be_as_small_as_one_pixel(export, size):
     """Where a map of the pyramid has one cell only, PyTorch would have the export refuse the picture."""
     model, folder = export("fcos", "low", "low", ".pt2")
     images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    boxes, scores = loaded_as_shown(folder)["network"](images)
+    boxes, scores = load(f"{folder}/student.pt2")[0](images)
     padded = torch.zeros(2, 3, *model.padded_size(size), dtype=torch.uint8)
     padded[:, :, : size[0], : size[1]] = images
     with torch.no_grad():
-        outputs = model.predict(model.pyramids(model.normalize(padded, [size] * 2)))["low"]
-        decoded, expected = model.head.decode(outputs, torch.arange(boxes.shape[1]))
+        maps = model.pyramids(model.normalize(padded, [size] * 2))
+        outputs, sizes = model.predict(maps)["low"], align.map_sizes(maps["low"])
+        decoded, expected = model.head.decode(outputs, sizes, torch.arange(boxes.shape[1]))
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
     found = (expected > 0).any(-1)
     assert found.sum() > 10 and (boxes[~found] == 0).all()
@@ -192,7 +168,7 @@ def test_pytorch_alone_runs_the_file(export):
     images = torch.randint(256, (3, 3, 70, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.save(images, folder / "images.pt")
     subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=folder, check=True)
-    expected = loaded_as_shown(folder)["network"](images)
+    expected = load(f"{folder}/student.pt2")[0](images)
     for one, other in zip(torch.load(folder / "alone.pt"), expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -201,7 +177,7 @@ def test_pytorch_alone_runs_the_file(export):
 def test_what_a_caller_needs_to_know_is_in_the_file(export, head, kind, branch):
     model, folder = export(head, kind, branch, ".pt2")
     low = kind == "low"
-    assert loaded_as_shown(folder)["about"] == {
+    assert load(f"{folder}/student.pt2")[1] == {
         "kind": kind, "branch": branch, "classes": list(CLASSES), "short_side": 128, "long_side": 256,
         "scale": 2 if low else 1, "multiple": 32 if low else 64, "downsample": "area" if low else "",
         "score_threshold": 0.05, "nms_iou": 0.6 if head == "fcos" else 0.5, "detections": 100,
@@ -213,9 +189,10 @@ def test_bf16_is_exported_as_the_model_computes_it(export):
     image = torch.from_numpy(np.array(picture((64, 96), 0))).permute(2, 0, 1)
     boxes, scores = torch.export.load(folder / "student.pt2").module()(image[None])
     with processes.autocast(torch.device("cpu"), "bf16"), torch.no_grad():
-        outputs = model.predict(model.pyramids(model.normalize(image[None], [(64, 96)])))["low"]
-        assert outputs["logits"].bfloat16().float().equal(outputs["logits"])
-    decoded, expected = model.head.decode(outputs, torch.arange(boxes.shape[1]))
+        maps = model.pyramids(model.normalize(image[None], [(64, 96)]))
+        outputs, sizes = model.predict(maps)["low"], align.map_sizes(maps["low"])
+        assert outputs["logits"].dtype == torch.bfloat16
+    decoded, expected = model.head.decode(outputs, sizes, torch.arange(boxes.shape[1]))
     assert scores.equal(expected) and (scores > 0).sum() > 10
     assert (2 * boxes).equal(torch.where((scores > 0).any(-1, keepdim=True), decoded, 0.0))
 
@@ -231,10 +208,8 @@ def test_what_cannot_be_exported_is_said_in_one_line(export, monkeypatch):
     for others in (["--images", folder], ["--data", folder], ["--draw"], ["--json", "a.json"], ["--per-class"]):
         line = complaint(evaluate, *flags, folder / "a.pt2", *others)
         assert others[0] in line and "--export" in line
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    line = complaint(evaluate, *flags, folder / "a.onnx")
-    assert "onnxscript; pip install onnx onnxscript" in line
-    for package in ("onnx", "onnxscript"):
-        monkeypatch.setitem(sys.modules, package, sys)
     assert "--precision bf16" in complaint(evaluate, *flags, folder / "a.onnx", "--precision", "bf16")
     assert not list(folder.glob("a.*"))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # importing it fails
+    assert "pip install onnx onnxscript" in complaint(evaluate, *flags, folder / "a.onnx")

@@ -3,8 +3,8 @@
 The exported network takes `images`, uint8 RGB (N,3,h,w): any number of pictures of one size, at the size that the model
 reads. It gives `boxes` (N,R,4) in their pixels, not clipped to them, and `scores` (N,R,K), 0 where the class is below
 the threshold; boxes without any score are 0. Normalisation, padding to the model's multiple and decoding are inside.
-What remains for the caller, resizing, NMS and scaling back, is shown in .github/exported.py; what it takes is in the file as
-JSON (see `describe`), under NOTES in a .pt2's extra files or an .onnx's metadata.
+What remains for the caller, resizing, NMS and scaling back, is shown in .github/exported.py; what it takes is in the
+file as JSON (see `describe`), under NOTES in a .pt2's extra files or an .onnx's metadata.
 """
 
 import io
