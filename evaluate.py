@@ -29,7 +29,7 @@ def parse():
     parser = processes.Parser(__doc__, usage="%(prog)s --ckpt FILE [flags]")
     group = parser.add_argument_group("what is read")
     group.add_argument("--ckpt", required=True, metavar="FILE", help="the checkpoint")
-    group.add_argument("--res", choices=("fused", "high", "low"), help="the branch [all; --images, --export: the first]")
+    group.add_argument("--res", choices=("fused", "high", "low"), help="the branch [all; of --images and --export the first]")
     add = group.add_mutually_exclusive_group().add_argument
     add("--data", metavar="DIR", help="folder in COCO layout [the one the checkpoint was trained on]")
     add("--images", metavar="PATH", help="instead of --data: a picture, or a folder of pictures")

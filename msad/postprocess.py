@@ -1,4 +1,4 @@
-"""A head's outputs -> detections: candidates, the best of each level, non-maximum suppression, the original's pixels."""
+"""A head's outputs -> detections: candidates, the best of each level, non-maximum suppression, the file's pixels."""
 
 from itertools import accumulate
 

@@ -9,9 +9,7 @@ import shutil
 import struct
 import zlib
 
-import distill
 import evaluate
-import numpy as np
 import pytest
 import torch
 import train

@@ -23,7 +23,7 @@ import train
 from folders import draw_rectangles
 from helpers import tiny_model
 from PIL import Image
-from scripts import LONG, ROOT, TINY, assert_same_run, call, complaint, runs, succeed
+from scripts import ROOT, TINY, assert_same_run, call, complaint, runs, succeed
 from test_processes import torchrun
 
 from msad import models

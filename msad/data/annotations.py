@@ -127,11 +127,6 @@ def find(data, split):
     return files[0], Path(data) / files[0].stem.removeprefix("instances_")
 
 
-def count_images(data):
-    """How many images the training split names, told at once, without a check of any of them. Raises InputError."""
-    return find(data, "train")[0].read_bytes().count(b'"file_name"')
-
-
 def read(data, split):
     """Read a split of a COCO-layout folder. Raises InputError; see the module's header."""
     path, folder = find(data, split)
@@ -210,8 +205,8 @@ def pack(content, path, folder):
 
 
 def sort_out(xywh, image, label, sizes, path):
-    """Boxes (M,4), each with the index of its image and of its class or -1 (M,), and the images' sizes (I,2) -> how many
-    entries cannot be used, {reason: number}, and the rows of the others. Raises InputError for boxes of other units."""
+    """Boxes (M,4), each with the index of its image and of its class or -1 (M,), and the images' sizes (I,2) -> how
+    many entries cannot be used, {reason: number}, and the rows of the others. Raises InputError for other units."""
     x, y, w, h = xywh.T
     height, width = sizes[image].T
     with np.errstate(invalid="ignore", over="ignore"):

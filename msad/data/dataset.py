@@ -61,8 +61,8 @@ class CocoDataset(Dataset):
     """Annotated images at the network's size: item (index, seed) -> image, boxes, labels, index.
 
     With `downsample`, "area" or "nearest", images are half that size and boxes are not. `short_sides` are the lengths
-    one is drawn from, and `flip` allows mirroring; both draw from the item's own seed, so an item is the same in whichever
-    process or order it is read.
+    one is drawn from, and `flip` allows mirroring; both draw from the item's own seed, so an item is the same in
+    whichever process or order it is read.
     """
 
     def __init__(self, annotations, short_sides, long_side, downsample=None, flip=False):

@@ -57,7 +57,7 @@ def main():
 
 
 def convert(state, teacher=False):
-    """The state dict of a file of theirs -> its student, or its `teacher`, or the only one there is, as a model of ours.
+    """The state dict of a file of theirs -> its student, or its `teacher`, or the only one there is, as our model.
 
     Raises almost anything unless all tensors of that detector are there, fit, and are all there are.
     """

@@ -75,7 +75,7 @@ def sync(file):
     except OSError as error:
         if error.errno not in NO_SYNC:
             raise
-        warn(f"{Path(file.name).parent}: no fsync there ({error.strerror}): a crash of the machine may cost what is saved")
+        warn(f"{Path(file.name).parent}: no fsync there ({error.strerror}): a crash of the machine may cost a save")
 
 
 @functools.cache

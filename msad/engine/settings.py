@@ -1,4 +1,4 @@
-"""Settings of a training run: the recipe for COCO, what three other recipes change in it, and the flags of both scripts.
+"""Settings of a training run: the recipe for COCO, what three others change in it, and the flags of both scripts.
 
 A value is what was typed, else what is inherited (a student's data, sizes and architecture are its teacher's), else the
 script's own default, else the recipe's. A resumed run takes all of them from its checkpoint.
@@ -23,13 +23,33 @@ class Setting(NamedTuple):
     least: float = 1  # of numbers
 
 
+# The recipes: what each changes in COCO's. small draws shapes and needs no GPU, laptop trains on photos without a GPU,
+# photos on one GPU.
+SMALL = {
+    "short_sides": [256], "test_side": 256, "long_side": 512,
+    "backbone": "resnet18", "width": 0.25, "weights": "none", "fpn_channels": 64, "head_channels": 64, "head_convs": 2,
+    "object_scale": 0.68, "iters": 1200, "batch": 8, "lr": 0.008, "optimizer": "adamw", "weight_decay": 0.05,
+    "schedule": "cosine", "warmup": 200, "clip": 5.0, "workers": 0, "eval_every": 600, "save_every": 250,
+}  # fmt: skip
+LAPTOP = {
+    "short_sides": [224, 240, 256, 272, 288], "test_side": 256, "long_side": 448,
+    "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "norm": "frozen",
+    "batch": 4, "lr": 4e-4, "optimizer": "adamw", "weight_decay": 0.05,
+    "schedule": "cosine", "warmup": 100, "clip": 5.0, "workers": 0, "save_every": 250,
+}  # fmt: skip
+PHOTOS = {
+    "short_sides": list(range(512, 641, 32)), "test_side": 640, "long_side": 1066, "norm": "frozen",
+    "batch": 8, "lr": 2e-4, "optimizer": "adamw", "weight_decay": 0.05,
+    "schedule": "cosine", "warmup": 100, "clip": 5.0, "workers": 2, "save_every": 250,
+}  # fmt: skip
+RECIPES = {"small": SMALL, "laptop": LAPTOP, "photos": PHOTOS, "coco": {}}
+# RetinaNet's towers have no normalisation: with the small recipe it takes smaller steps, and more of them.
+SMALL_RETINANET = {"iters": 2000, "lr": 0.003, "eval_every": 1000}
 # The settings of both training scripts, with their values in the recipe for COCO, the paper's.
 SETTINGS = {
     "where things are": {
         "data": Setting("", "folder in COCO layout (default: drawn shapes in data/shapes)"),
-        "recipe": Setting(
-            "", "defaults of all else (default: by data and device)", ("small", "laptop", "photos", "coco")
-        ),
+        "recipe": Setting("", "defaults of all else (default: by data and device)", tuple(RECIPES)),
         "out": Setting("", "folder for checkpoints and log (default: runs/ and what is trained)"),
     },
     "pictures (sides in pixels of the high-resolution input)": {
@@ -47,9 +67,7 @@ SETTINGS = {
         "fpn_channels": Setting(256, "channels of the pyramid"),
         "head_channels": Setting(256, "channels of the head's towers"),
         "head_convs": Setting(4, "convolutions in each tower"),
-        "norm": Setting(
-            "sync", "BatchNorm's statistics: all processes', each one's, or as at the start", ("sync", "local", "frozen")
-        ),
+        "norm": Setting("sync", "whose statistics BatchNorm uses (frozen: the start's)", ("sync", "local", "frozen")),
         "object_scale": Setting(1.0, "sizes of objects as a multiple of COCO's", least=0.01),
     },
     "optimization": {
@@ -75,28 +93,6 @@ SETTINGS = {
 }
 COCO = {name: setting.default for group in SETTINGS.values() for name, setting in group.items()}
 
-# The recipes: what each changes in COCO's. small draws shapes and needs no GPU, laptop trains on photos without a GPU,
-# photos on one GPU.
-SMALL = {
-    "short_sides": [256], "test_side": 256, "long_side": 512,
-    "backbone": "resnet18", "width": 0.25, "weights": "none", "fpn_channels": 64, "head_channels": 64, "head_convs": 2,
-    "object_scale": 0.68, "iters": 1200, "batch": 8, "lr": 0.008, "optimizer": "adamw", "weight_decay": 0.05,
-    "schedule": "cosine", "warmup": 200, "clip": 5.0, "workers": 0, "eval_every": 600, "save_every": 250,
-}  # fmt: skip
-LAPTOP = {
-    "short_sides": [224, 240, 256, 272, 288], "test_side": 256, "long_side": 448,
-    "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "norm": "frozen",
-    "batch": 4, "lr": 4e-4, "optimizer": "adamw", "weight_decay": 0.05,
-    "schedule": "cosine", "warmup": 100, "clip": 5.0, "workers": 0, "save_every": 250,
-}  # fmt: skip
-PHOTOS = {
-    "short_sides": list(range(512, 641, 32)), "test_side": 640, "long_side": 1066, "norm": "frozen",
-    "batch": 8, "lr": 2e-4, "optimizer": "adamw", "weight_decay": 0.05,
-    "schedule": "cosine", "warmup": 100, "clip": 5.0, "workers": 2, "save_every": 250,
-}  # fmt: skip
-RECIPES = {"small": SMALL, "laptop": LAPTOP, "photos": PHOTOS, "coco": {}}
-# RetinaNet's towers have no normalisation: with the small recipe it takes smaller steps, and more of them.
-SMALL_RETINANET = {"iters": 2000, "lr": 0.003, "eval_every": 1000}
 # Where the length follows from the pictures that have boxes: epochs of them, and bounds in iterations.
 LENGTHS = {"laptop": (6, 1500, 20_000), "photos": (36, 1500, 30_000)}
 MANY = 20_000  # training photos, from which on a GPU takes COCO's recipe

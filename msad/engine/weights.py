@@ -58,8 +58,9 @@ def load_weights(model, weights):
     elif checkpoint.is_checkpoint(content := read_tensors(weights)):
         other = checkpoint.load(weights)
         check_architecture(source, config, other.config, ("backbone", "width"))
-        foreign = {"head.": config.head != other.config.head, "head.cls_logits.": config.classes != other.config.classes}
-        line = copy_matching(model, other.state_dict(), tuple(start for start in foreign if foreign[start]))
+        without = ("head.",) if config.head != other.config.head else ()
+        without += ("head.cls_logits.",) if config.classes != other.config.classes else ()
+        line = copy_matching(model, other.state_dict(), without)
     else:
         line = copy_backbone(model, content, source)
     processes.print_once(f"weights   {source}: taken {line}")
@@ -148,7 +149,7 @@ def from_torchvision(state, head):
     of C5 that gives the same wherever C5 is constant, with P5 = output(lateral(C5)) taken as one 1x1 convolution:
 
         P6 = p6 * (output * (lateral * C5 + b_lateral) + b_output) + b_p6
-        weight[o,c,y,x] = sum over i, j of p6[o,i,y,x] output[i,j] lateral[j,c], where output[i,j] is summed over its 3x3
+        weight[o,c,y,x] = sum over i, j of p6[o,i,y,x] output[i,j] lateral[j,c], with output[i,j] summed over its 3x3
 
     What else differs is taken up by the tensors, exactly.
     """
