@@ -45,3 +45,7 @@ def uninterrupted(tmp_path_factory):
     for name, (script, flags) in runs(home).items():
         succeed(script, *flags, "--out", home / name)
     return home
+
+
+def pytest_report_header():
+    return "all tests take about ten minutes on one core; .ci/run runs them in two processes"

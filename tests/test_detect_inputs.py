@@ -155,7 +155,7 @@ def test_a_folded_model_detects_and_is_not_saved(tmp_path):
     checkpoint.save(path, model)
     before = path.read_bytes()
     for other in (folded, copy.deepcopy(folded)):
-        with pytest.raises(InputError, match="a folded model cannot be saved.*; save the one it was made from"):
+        with pytest.raises(InputError, match="a folded model, .* cannot be saved; save the one it was made from"):
             checkpoint.save(path, other)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     assert same(checkpoint.load(path).detect(SMALL), [expected]), "folding leaves the model as it was"

@@ -6,6 +6,7 @@ import torch
 from helpers import tiny_model, total
 
 from msad import align
+from msad.engine.weights import copy_matching
 from msad.engine import checkpoint
 from msad.distillation import DISTANCES, RAMP, WEIGHT, checksum, freeze, pyramid_l1, pyramid_pkd, ramp
 
@@ -73,7 +74,7 @@ def test_ramp_by_hand():
 
 def test_a_frozen_teacher_is_the_same_to_the_bit_after_a_training_step():
     teacher, student = tiny_model("teacher").train(), tiny_model("low", seed=1)
-    checkpoint.start_from(student, teacher.state_dict())
+    copy_matching(student, teacher.state_dict())
     teacher = freeze(teacher)
     student.train()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
@@ -106,7 +107,7 @@ def test_the_student_starts_from_all_that_fits(changes, common, own):
     teacher, student = tiny_model("teacher"), tiny_model("low", seed=1, **changes)
     before = {key: value.clone() for key, value in student.state_dict().items()}
     given = {key: value.clone() for key, value in teacher.state_dict().items()}
-    checkpoint.start_from(student, teacher.state_dict())
+    copy_matching(student, teacher.state_dict())
     taken = {key for key in given if key in before and before[key].shape == given[key].shape}
     assert common in taken and own in before.keys() - taken
     assert all(value.equal(given[key] if key in taken else before[key]) for key, value in student.state_dict().items())
@@ -116,7 +117,7 @@ def test_the_student_starts_from_all_that_fits(changes, common, own):
 
 def test_a_student_like_its_teacher_takes_everything_it_has():
     teacher, student = tiny_model("teacher"), tiny_model("low", seed=1)
-    line = checkpoint.start_from(student, teacher.state_dict())
+    line = copy_matching(student, teacher.state_dict())
     assert line.endswith("; left behind fpn 2, fusion 2; new nothing")  # P7's convolution, and the gate
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():

@@ -204,7 +204,7 @@ def test_data_that_has_moved_is_one_line_and_can_be_said(home, tmp_path):
         (train, ["--resume", "--out", runs / "teacher"]),
     ):
         line = complaint(script, *flags)
-        assert f"{tmp_path}/before: no such folder" in line and "--data" in line
+        assert f"{tmp_path}/before/annotations/" in line and "--data" in line
         succeed(script, *flags, "--data", moved)
     assert trained(tmp_path / "out")[0]["data"] == trained(runs / "teacher")[0]["data"] == str(moved)
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..images import fitted_size, pad_to_multiple, resize
 from . import annotations, shapes
-from .errors import InputError, write_errors
+from .errors import write_errors
 from .reading import read_image
 
 SHAPES = "data/shapes"  # the drawn set, in the folder a script is called from
@@ -120,8 +120,6 @@ class TrainBatches:
         self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
         self.batch, self.seed, self.start = batch, seed, start
         self.mine = slice(rank * batch // processes, (rank + 1) * batch // processes)
-        if len(self.trainable) == 0:
-            raise InputError(f"{annotations.file}: no image has a box to learn from: {annotations.summary()}")
 
     def __iter__(self):
         waiting = {True: [], False: []}  # wide and upright images, until their batch is full
