@@ -39,7 +39,8 @@ def main():
     known = resume_settings(typed, OWN, saved, out / "last.pt") if saved else typed
     path = known.get("teacher", "")
     if not Path(path).is_file():
-        raise InputError(f"--teacher {path or 'CKPT'}: no such file; train.py makes a teacher")
+        mend = "say where the teacher is, or make one with train.py"
+        raise InputError(f"--teacher {path or 'CKPT'}: no such file; {mend}")
     stored = checkpoint.read(path, want="teacher")
     known = known if saved else inherit(stored, path) | known
     teacher = checkpoint.restore(stored, path)

@@ -1,12 +1,14 @@
 """One thread for tests and for every process they start: bit-identical runs need the same number everywhere."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
 
 import torch
 

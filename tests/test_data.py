@@ -13,7 +13,7 @@ from folders import noise, random_content, write
 from PIL import Image
 
 from msad.data import annotations
-from msad.data.dataset import CocoDataset, TrainBatches, collate, eval_batches, loader
+from msad.data.dataset import CocoDataset, TrainBatches, collate, eval_batches, loader, open_data
 from msad.data.errors import InputError
 from msad.images import fitted_size, pad_to_multiple, resize
 
@@ -210,7 +210,7 @@ def test_a_set_without_a_box_to_learn_from_is_refused_with_the_reason(tmp_path, 
     content["annotations"] = [a | change for a in content["annotations"]] if change else []
     file = write(tmp_path, content)
     with pytest.raises(InputError) as caught:
-        TrainBatches(annotations.read(tmp_path, "train"), 2, 0)
+        open_data(tmp_path, ["train"])
     assert str(caught.value).startswith(f"{file}: no image has a box to learn from: ") and why in str(caught.value)
 
 

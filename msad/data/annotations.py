@@ -75,13 +75,9 @@ class Annotations:
         return self.boxes[rows][single], self.labels[rows][single]
 
     def trainable(self):
-        """The indices of the images to train on: those that have a box which is not a crowd's. Raises InputError where
-        there is none."""
+        """The indices of the images to train on: those that have a box which is not a crowd's."""
         boxes_before = np.append(0, np.cumsum(~self.crowd))  # such boxes before each row
-        indices = np.flatnonzero(np.diff(boxes_before[self.starts]))
-        if len(indices) == 0:
-            raise InputError(f"{self.file}: no image has a box to learn from: {self.summary()}")
-        return indices
+        return np.flatnonzero(np.diff(boxes_before[self.starts]))
 
     def summary(self):
         """One line: what is there, what was left out, and what looks wrong."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..images import fitted_size, pad_to_multiple, resize
 from . import annotations, shapes
-from .errors import write_errors
+from .errors import InputError, write_errors
 from .reading import read_image
 
 SHAPES = "data/shapes"  # the drawn set, in the folder a script is called from
@@ -54,6 +54,8 @@ def open_data(folder, splits=("train", "val")):
         with write_errors(SHAPES, "change folder, or give --data"):
             shapes.prepare(SHAPES)
     first, *others = [annotations.read(folder or SHAPES, split) for split in splits]
+    if "train" in splits and len(first.trainable()) == 0:
+        raise InputError(f"{first.file}: no image has a box to learn from: {first.summary()}")
     return [first, *(other.with_classes(first.classes, first.file) for other in others)]
 
 
