@@ -6,7 +6,6 @@ from helpers import tiny_config, tiny_model
 
 from msad import models
 from msad.engine.weights import copy_matching
-from msad.engine import checkpoint
 
 KINDS_AND_BRANCHES = [
     ("high", "high"), ("low", "low"), ("teacher", "fused"), ("teacher", "high"), ("teacher", "low"),

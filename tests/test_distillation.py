@@ -7,7 +7,6 @@ from helpers import tiny_model, total
 
 from msad import align
 from msad.engine.weights import copy_matching
-from msad.engine import checkpoint
 from msad.distillation import DISTANCES, RAMP, WEIGHT, checksum, freeze, pyramid_l1, pyramid_pkd, ramp
 
 SIZES = [(8, 6), (4, 3), (2, 2), (1, 1), (1, 1)]
