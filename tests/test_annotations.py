@@ -371,7 +371,8 @@ def test_a_split_s_labels_are_the_training_split_s_where_its_boxes_have_these_cl
         a["category_id"] = [c["id"] for c in val if c["name"] in ("dog", "owl")][a["id"] % 2]
     named = {c["id"]: c["name"] for c in val}
     expected = {a["id"]: named[a["category_id"]] for a in content["annotations"]}
-    write(tmp_path, random_content(3) | {"categories": train, "annotations": []})
+    one = content["annotations"][0] | {"category_id": train[0]["id"], "iscrowd": 0}
+    write(tmp_path, random_content(3) | {"categories": train, "annotations": [one]})
     write(tmp_path, content | {"categories": val}, "val")
     if not fits:
         with pytest.raises(InputError) as caught:
