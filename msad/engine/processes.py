@@ -28,8 +28,9 @@ MENDS = {  # for what an error says of the machine's limits; the first that fits
     "DataLoader worker (pid": "a worker died: try fewer --workers",  # an error within one names no pid
     "DataLoader timed out": "a worker hangs: try fewer --workers",
     "more than 1 value per channel": "one image of one cell is too little for BatchNorm: a larger --batch",
-    "Connection closed by peer": "another process of this run has ended, and says why",
 }
+CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")  # by gloo
+MENDS |= dict.fromkeys(CUT_OFF, "another process of this run has ended, and says why")
 
 
 class Parser(argparse.ArgumentParser):
