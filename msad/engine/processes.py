@@ -57,8 +57,8 @@ class Unfailing(io.FileIO):
 def unfailing(stream):
     """The same standard stream, in which words are no reason to lose work: see `Unfailing`; and characters that it
     cannot show are escaped."""
-    if not isinstance(stream, io.TextIOWrapper):  # a notebook's, for instance
-        return stream
+    if not isinstance(stream, io.TextIOWrapper):  # closed from the start, or a notebook's
+        return stream or open(os.devnull, "w")
     raw = Unfailing(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True)
 
