@@ -641,7 +641,7 @@ def test_an_inherited_signal_that_is_ignored_stays_ignored(uninterrupted, tmp_pa
 # Words that nobody hears.
 
 
-@pytest.mark.parametrize("ear", ["a full disk", "a reader that left", "ascii"])
+@pytest.mark.parametrize("ear", ["a full disk", "a reader that left", "closed from the start", "ascii"])
 def test_a_run_goes_on_whoever_hears_it(uninterrupted, tmp_path, ear):
     script, flags = runs(uninterrupted)["trained"]
     out = tmp_path / ("\N{SNOWMAN} \udce9" if ear == "ascii" else "out")
@@ -649,6 +649,8 @@ def test_a_run_goes_on_whoever_hears_it(uninterrupted, tmp_path, ear):
     def change():
         if ear == "ascii":
             sys.stdout = open(1, "w", closefd=False, encoding="ascii")
+        elif ear == "closed from the start":
+            sys.stdout = sys.stderr = None
         else:
             reader, writer = os.pipe()
             os.close(reader)
