@@ -1,42 +1,32 @@
 #!/usr/bin/env bash
-# All runs of the README's comparison for one head and seed, one after another, into runs/HEAD-SEED/, or for a folder
-# of photos in COCO's layout into runs/PHOTOS-HEAD-SEED/, with the small recipe. With START, what --weights takes, it is
-# the recipe for photos, into runs/PHOTOS-START-HEAD-SEED/; FLAGS are then train.py's.
-#     .github/comparison.sh fcos 0 [PHOTOS [START [FLAGS]]]
-# Stopped and started again, it goes on where it was. Teacher and student train equally long (ITERS iterations, a
-# variable of the environment, or those of the small recipe); whatever trains in one go trains as long as both together.
-# Another variable, BOTH, holds flags for teachers and students alike.
+# All runs of the comparison for one head and seed, one after another: of the drawn shapes into runs/shapes-HEAD-SEED/,
+# or of a folder of photos in COCO's layout into runs/PHOTOS-HEAD-SEED/, by the recipe that the scripts choose.
+#     .github/comparison.sh fcos 0 [PHOTOS [FLAGS]]
+# FLAGS are train.py's; students inherit what follows from them. Stopped and started again, it goes on where it was.
+# Teacher and student train as long as the recipe says, whatever trains in one go as long as both together.
 set -euo pipefail
-head=$1 seed=$2 name=$1 flags=()
-[ "$head" = retinanet ] && iters=${ITERS:-2000} || iters=${ITERS:-1200}
-if [ $# -ge 3 ]; then
-    name=$(basename "$3")-$head flags=(--data "$3" --recipe small)
-fi
-if [ $# -ge 4 ]; then
-    name=$(basename "$3")-$(basename "$4" .pth)-$head flags=(--data "$3" --recipe photos --weights "$4" "${@:5}")
-fi
-runs=runs/$name-$seed
+head=$1 seed=$2 name=shapes flags=()
+[ $# -ge 3 ] && name=$(basename "$3") flags=(--data "$3" "${@:4}")
+runs=runs/$name-$head-$seed
 mkdir -p "$runs"
 
 run() {  # the folder's name, the script, its flags
     local folder=$1 script=$2
     shift 2
     [ -e "$runs/$folder/finished" ] && return
-    [ "$script" = train.py ] && set -- ${flags[@]+"${flags[@]}"} "$@"  # a student inherits them, and not the start
-    python "$script" --out "$runs/$folder" --resume --head "$head" --seed "$seed" --iters "$iters" \
-        ${BOTH:-} "$@" >> "$runs/$folder.txt" 2>&1
+    [ "$script" = train.py ] && set -- --head "$head" ${flags[@]+"${flags[@]}"} "$@"  # a student inherits them
+    python "$script" --out "$runs/$folder" --resume --seed "$seed" "$@" >> "$runs/$folder.txt" 2>&1
     touch "$runs/$folder/finished"
 }
 
-teacher="--teacher $runs/teacher/last.pt"
-pkd="--kd-loss pkd --kd 3"
-both=$((2 * iters))
+teacher="--teacher $runs/teacher/last.pt" pkd="--kd-loss pkd --kd 3"
 run teacher train.py
-run student-pkd distill.py $teacher $pkd
-run student-alone distill.py $teacher --kd 0
+both=$((2 * $(tail -n 1 "$runs/teacher/log.jsonl" | sed 's/.*"done": \([0-9]*\).*/\1/')))
 run student distill.py $teacher
+run student-alone distill.py $teacher --kd 0
 run conventional train.py --no-align --iters $both
 run low-alone train.py --res low --iters $both
+run student-pkd distill.py $teacher $pkd
 [ $# -ge 3 ] && exit
 run student-narrow distill.py $teacher --head-channels 32 $pkd
 run student-slim distill.py $teacher --head-convs 1 $pkd

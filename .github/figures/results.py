@@ -1,24 +1,19 @@
-"""The comparison's tables and its picture: python .github/figures/results.py RUNS
+"""The comparison's tables and its picture, of .github/numbers.jsonl, which collect.py makes: results.py
 
-RUNS holds what .github/comparison.sh made, a folder for each head and seed. Prints AP as mean ± standard deviation over
-the seeds, and the differences between rows of the same seed as mean ± standard error; writes cost.png, AP of FCOS on
-shapes, if it is there, against the whole cost of one image.
+Prints AP as mean ± standard deviation over the seeds, and the differences between rows of the same seeds as mean ±
+standard error over the seeds, and ± the standard error that comes of the pictures (the deviation of the mean difference
+over resampled validation sets); writes cost.png, AP of FCOS on shapes against the whole cost of one image.
 """
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from msad.engine import checkpoint, cost
-from msad.engine.drawing import ticks
-
-# Row: the run's folder, the branch, and what the row is called.
+# Row: its name in numbers.jsonl, the branch, and what it is called.
 ROWS = (
     ("conventional", "high", "conventional multi-scale @ high"),
     ("conventional", "low", "conventional multi-scale @ low"),
@@ -46,6 +41,7 @@ PAIRS = (
     ("student-pkd", "low", "student-alone", "low"),
     ("student", "low", "low-alone", "low"),
     ("student-pkd", "low", "low-alone", "low"),
+    ("teacher", "fused", "student-alone", "low"),
     ("student-narrow", "low", "student-pkd", "low"),
     ("student-slim", "low", "student-pkd", "low"),
     ("student-cold", "low", "student-cold-alone", "low"),
@@ -53,26 +49,23 @@ PAIRS = (
 )
 INK, GREY = (40, 40, 40), (222, 222, 222)
 ALONE, TEACHER, STUDENT = (110, 110, 110), (44, 95, 160), (206, 110, 40)
+NAMES = {(row, branch): name.replace("*", "") for row, branch, name in ROWS}
 COLORS = {"conventional": ALONE, "low-alone": ALONE, "teacher": TEACHER, "teacher-wide": TEACHER}
 
 
-def read(runs):
-    """{(head, folder, branch): {seed: metrics after the last iteration}}."""
+def read():
+    """{(set, head): {(row, branch): {seed: entry of numbers.jsonl}}}."""
     found = {}
-    for log in sorted(Path(runs).glob("*/*/log.jsonl")):
-        head, seed = log.parts[-3].rsplit("-", 1)
-        entries = [json.loads(line) for line in log.read_text().splitlines()]
-        results = [e for e in entries if "branch" in e]
-        for entry in results:
-            if entry["done"] == results[-1]["done"] and (log.parent / "finished").exists():
-                found.setdefault((head, log.parts[-2], entry["branch"]), {})[int(seed)] = entry
-    return found
+    for entry in map(json.loads, (ROOT / ".github" / "numbers.jsonl").read_text().splitlines()):
+        rows = found.setdefault((entry["set"], entry["head"]), {})
+        rows.setdefault((entry["row"], entry["branch"]), {})[entry["seed"]] = entry
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] != "shapes", item[0])))
 
 
 def mean_and(spread, values, form):
-    """ "86.2 ± 0.6", with the number of seeds where they are fewer than three; "" without values, "-" for nothing."""
-    if not values or min(values) == -100:
-        return "-" if values else ""
+    """ "86.2 ± 0.6", with the number of seeds where they are fewer than three; "-" where there is nothing to find."""
+    if min(values) < -99:
+        return "-"
     text = format(statistics.mean(values), form)
     if len(values) > 1:
         text += f" ± {spread(values):.1f}"
@@ -83,44 +76,36 @@ def standard_error(values):
     return statistics.stdev(values) / len(values) ** 0.5
 
 
-def tables(found):
-    """AP, and AP of small objects, of every row for every head; then the differences between rows of the same seed."""
-    heads = sorted({head for head, _, _ in found}, key=lambda head: ("fcos", "retinanet", head).index(head))
-    values = lambda head, folder, branch, key: [100 * e[key] for e in found.get((head, folder, branch), {}).values()]
-    known = lambda head, key: max(values(head, "teacher", "high", key), default=-1) >= 0
-    titles = {"AP": "", "AP50": "AP50", "APs": "small"}
-    columns = [(head, key) for head in heads for key in titles if known(head, key)]
-    columns = [(head, key) for head, key in columns if key != "AP50" or head not in ("fcos", "retinanet")]
-    print("| AP | " + " | ".join(titles[key] or head for head, key in columns) + " |")
-    print("|---" * (1 + len(columns)) + "|")
-    for folder, branch, name in ROWS:
-        cells = [mean_and(statistics.stdev, values(head, folder, branch, key), ".1f") for head, key in columns]
-        if any(cells):
-            print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| difference in AP, the same seeds | " + " | ".join(heads) + " |\n" + "|---" * (1 + len(heads)) + "|")
-    names = {(folder, branch): name.replace("*", "") for folder, branch, name in ROWS}
-    for one, branch, other, against in PAIRS:
-        cells = []
-        for head in heads:
-            first, second = found.get((head, one, branch), {}), found.get((head, other, against), {})
-            both = sorted(first.keys() & second.keys())
-            cells.append(mean_and(standard_error, [100 * (first[s]["AP"] - second[s]["AP"]) for s in both], "+.1f"))
-        if any(cells):
-            print(f"| {names[one, branch]} - {names[other, against]} | {' | '.join(cells)} |")
+def results(rows):
+    """A table of every row's AP."""
+    print("| AP | all | AP50 | small | medium | large |\n" + "|---" * 6 + "|")
+    for row, branch, name in ROWS:
+        entries = rows.get((row, branch), {}).values()
+        if entries:
+            columns = [[100 * e[key] for e in entries] for key in ("AP", "AP50", "APs", "APm", "APl")]
+            print(f"| {name} | {' | '.join(mean_and(statistics.stdev, column, '.1f') for column in columns)} |")
 
 
-def points(runs, found, head):
-    """[(name, folder, GMACs of one image, mean AP)] of every row."""
-    result = []
-    for folder, branch, name in ROWS:
-        seeds = found.get((head, folder, branch), {})
-        for seed in list(seeds)[:1]:
-            model = checkpoint.load(Path(runs) / f"{head}-{seed}" / folder / "last.pt")
-            side = model.config.short_side
-            total = cost.count_cost(model, branch, side, side)["gmacs"]["total"]
-            ap = statistics.mean(100 * e["AP"] for e in seeds.values())
-            result.append((name.replace("*", ""), folder, total, ap))
-    return result
+def differences(rows):
+    """A table of the differences between two rows of the same seeds."""
+    print("\n| difference in AP | mean ± standard error over seeds | of the pictures |\n|---|---|---|")
+    for *one, other, against in PAIRS:
+        first, second = rows.get(tuple(one), {}), rows.get((other, against), {})
+        both = sorted(first.keys() & second.keys())
+        if both:
+            by_seed = [100 * (first[s]["AP"] - second[s]["AP"]) for s in both]
+            resampled = [np.subtract(first[s]["resampled"], second[s]["resampled"]) for s in both]
+            pictures = 100 * np.std(np.mean(resampled, axis=0))
+            names = f"{NAMES[tuple(one)]} - {NAMES[other, against]}"
+            print(f"| {names} | {mean_and(standard_error, by_seed, '+.1f')} | ± {pictures:.1f} |")
+
+
+def points(rows):
+    """[(name, row, GMACs of one image, mean AP)] of every row."""
+    for row, branch, _ in ROWS:
+        entries = list(rows.get((row, branch), {}).values())
+        if entries:
+            yield NAMES[row, branch], row, entries[0]["gmacs"], statistics.mean(100 * e["AP"] for e in entries)
 
 
 def draw(found_points, path):
@@ -136,7 +121,7 @@ def draw(found_points, path):
     for y in range(bottom, top + 1, 2):
         pen.line([at(0, y), at(right, y)], GREY, fine)
         pen.text((at(0, y)[0] - 8 * fine, at(0, y)[1]), str(y), INK, font, anchor="rm")
-    for x in ticks(right):
+    for x in np.arange(0, right, 0.1).tolist():
         pen.text((at(x, bottom)[0], at(x, bottom)[1] + 8 * fine), f"{x:g}", INK, font, anchor="mt")
     pen.text((fine * width / 2, fine * (height - 6)), "GMACs of one image, all of the network", INK, font, anchor="mb")
     pen.text((fine * 60, fine * 18), "AP", INK, font, anchor="mm")
@@ -156,11 +141,12 @@ def draw(found_points, path):
 
 
 def main():
-    found = read(sys.argv[1])
-    tables(found)
-    fcos = points(sys.argv[1], found, "fcos")
-    if fcos:
-        draw(fcos, ROOT / ".github" / "figures" / "cost.png")
+    found = read()
+    for (pictures, head), rows in found.items():
+        print(f"\n{pictures}, {head}\n")
+        results(rows)
+        differences(rows)
+    draw(list(points(found["shapes", "fcos"])), ROOT / ".github" / "figures" / "cost.png")
 
 
 if __name__ == "__main__":
