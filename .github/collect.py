@@ -1,10 +1,11 @@
-"""Runs of the comparison -> lines of .github/numbers.jsonl: python .github/figures/collect.py RUNS COMMIT MACHINE
+"""Runs of the comparison -> lines of numbers: python .github/collect.py RUNS COMMIT MACHINE >> .github/numbers.jsonl
 
 RUNS holds what .github/comparison.sh made, a folder SET-HEAD-SEED for each set of pictures, head and seed, and in it one
-for each row. What has finished and is not in the file yet is added, a line for each branch of a model:
+for each row. What has finished and is not in numbers.jsonl yet is printed, a line for each branch of a model:
 
     {"set", "head", "seed", "row", "branch", "iterations", "commit", "machine": where it comes from,
      "gmacs": of one image of the tested size, all of the network, "AP" ... "ARl": COCO's twelve numbers,
+     "gate": of a teacher, the mean weight on H of the five levels over the validation pictures,
      "resampled": 200 values of AP, each over as many validation pictures drawn with replacement, the same for all rows}
 """
 
@@ -20,10 +21,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from msad.data.dataset import CocoDataset, open_data
+from msad.data.dataset import CocoDataset, eval_batches, loader, open_data
 from msad.engine import checkpoint, cost, evaluation, processes
 
 NUMBERS = ROOT / ".github" / "numbers.jsonl"
@@ -51,6 +52,17 @@ def accumulated_ap(coco, matches):
     return round(float(precision[precision > -1].mean()), 4)
 
 
+@torch.inference_mode()
+def gate(teacher, dataset):
+    """The mean weight on high resolution over the pictures of a set, by level."""
+    teacher, weights = teacher.folded(), []
+    batches = eval_batches(dataset, 8, teacher.multiple, 0, 1)
+    for batch in loader(dataset, batches, teacher.multiple, 0, torch.device("cpu")):
+        maps = teacher.pyramids(teacher.normalize(batch.images, batch.sizes), ("high", "low"))
+        weights.append(torch.stack([teacher.fusion.weights(h, l)[:, 0] for h, l in zip(maps["high"], maps["low"])]))
+    return [round(mean, 3) for mean in torch.cat(weights, 1).mean(1).tolist()]
+
+
 def collect(folder, where):
     """The lines of one finished run, whose folder is RUNS/SET-HEAD-SEED/ROW."""
     name, head, seed = folder.parent.name.rsplit("-", 2)
@@ -62,6 +74,7 @@ def collect(folder, where):
     dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.downsample)
     autocast = processes.autocast(torch.device("cpu"), content["training"]["settings"]["precision"])
     found = evaluation.evaluate(model, dataset, model.branches, 8, autocast=autocast)
+    more = {"gate": gate(model, dataset)} if model.config.kind == "teacher" else {}
     side = model.config.short_side
     for entry in last:
         branch, iterations = entry.pop("branch"), entry.pop("done")
@@ -70,19 +83,16 @@ def collect(folder, where):
         about = {"set": name, "head": head, "seed": int(seed), "row": folder.name, "branch": branch} | where
         about |= {"iterations": iterations, "gmacs": cost.count_cost(model, branch, side, side)["gmacs"]["total"]}
         rounded = {name: round(value, 4) for name, value in (about | entry).items() if isinstance(value, float)}
-        yield about | entry | rounded | {"resampled": resampled_ap(annotations, detections)}
+        yield about | entry | rounded | more | {"resampled": resampled_ap(annotations, detections)}
 
 
 def main():
     runs, commit, machine = sys.argv[1:]
-    lines = NUMBERS.read_text().splitlines() if NUMBERS.exists() else []
-    known = {"{set}-{head}-{seed}/{row}".format(**json.loads(line)) for line in lines}
+    known = {"{set}-{head}-{seed}/{row}".format(**json.loads(line)) for line in NUMBERS.read_text().splitlines()}
     for folder in sorted(finished.parent for finished in Path(runs).glob("*/*/finished")):
         if f"{folder.parent.name}/{folder.name}" not in known:
-            added = list(collect(folder, {"commit": commit, "machine": machine}))
-            print(f"{folder}: AP " + ", ".join(f"{entry['branch']} {100 * entry['AP']:.1f}" for entry in added), flush=True)
-            with open(NUMBERS, "a") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in added)
+            for entry in collect(folder, {"commit": commit, "machine": machine}):
+                print(json.dumps(entry), flush=True)
 
 
 if __name__ == "__main__":
