@@ -1,7 +1,7 @@
 """Runs of the comparison -> lines of numbers: python .github/collect.py RUNS COMMIT MACHINE >> .github/numbers.jsonl
 
-RUNS holds what .github/comparison.sh made, a folder SET-HEAD-SEED for each set of pictures, head and seed, and in it one
-for each row. What has finished and is not in numbers.jsonl yet is printed, a line for each branch of a model:
+RUNS holds what .github/comparison.sh made, a folder SET-HEAD-SEED for each set of pictures, head and seed, and in it
+one for each row. What has finished and is not in numbers.jsonl yet is printed, a line for each branch of a model:
 
     {"set", "head", "seed", "row", "branch", "iterations", "commit", "machine": where it comes from,
      "gmacs": of one image of the tested size, all of the network, "AP" ... "ARl": COCO's twelve numbers,

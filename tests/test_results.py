@@ -70,9 +70,9 @@ def test_finished_runs_become_numbers_and_these_tables(uninterrupted, tmp_path, 
 
     ap = {"student": (0.5, 0.6, 0.7), "student-alone": (0.4, 0.45, 0.5)}
     lines = [
-        json.dumps(one | {"row": row, "seed": seed, "AP": values[seed], "resampled": [values[seed] - 0.01, values[seed]]})
+        json.dumps(one | {"row": row, "seed": seed, "AP": value, "resampled": [value - 0.01, value]})
         for row, values in ap.items()
-        for seed in range(3)
+        for seed, value in enumerate(values)
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     results.main()
