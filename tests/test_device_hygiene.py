@@ -226,6 +226,21 @@ def test_bytes_on_the_device_are_resized_where_pytorch_can(monkeypatch, size, lo
     assert set(resized) <= {(torch.uint8, "cpu")} and (resized or size[0] == 40 or low == "area")  # that is Pillow's
 
 
+@pytest.mark.parametrize(
+    "device, precision, capability, layout",
+    [
+        ("cuda", "bf16", "", torch.channels_last),
+        ("cuda", "fp32", "", torch.contiguous_format),  # without TF32 the fast side
+        ("cpu", "bf16", "AVX512", torch.channels_last),
+        ("cpu", "fp32", "AVX512", torch.channels_last),
+        ("cpu", "fp32", "AVX2", torch.contiguous_format),
+    ],
+)
+def test_training_has_the_layout_that_its_device_likes(monkeypatch, device, precision, capability, layout):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert processes.training_layout(torch.device(device), precision) == layout
+
+
 def test_the_script_for_a_gpu_makes_calls_that_the_scripts_understand(tmp_path):
     """A stand-in for Python writes down how it is called; the last call of all fails."""
     python = tmp_path / "python"
