@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import evaluate
-import numpy as np
 import pytest
 import torch
 from folders import noise
@@ -19,39 +18,31 @@ from msad.engine import checkpoint, processes
 from msad.engine.export import Exported, describe
 
 SIZES = ((90, 150), (300, 200))  # height, width of pictures that are enlarged, and shrunk
-CASES = [("fcos", "low", "low"), ("retinanet", "low", "low"), ("fcos", "teacher", "fused")]
-
-
-def load_script():
-    """The module .github/exported.py."""
-    specification = importlib.util.spec_from_file_location("exported", ROOT / ".github" / "exported.py")
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    return script
-
-
-exported = load_script()
+FCOS, FUSED = ("fcos", "low", "fp32"), ("retinanet", "teacher", "bf16")  # head, kind, precision of what is traced
+specification = importlib.util.spec_from_file_location("exported", ROOT / ".github" / "exported.py")
+exported = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(exported)
 load = functools.cache(exported.load)  # loading takes seconds
+
+
+def model_of(head, kind):
+    model = tiny_model(kind, head=head)
+    model.head.cls_logits.weight.data /= 5  # else many scores are 1.0, and equal scores have no order
+    return model
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """A function that writes a tiny model with evaluate.py -> the folded model and the folder of the file."""
-    done = {}
+    """A function that writes a tiny model with evaluate.py, once -> the folded model and the path of the file."""
 
-    def run(head, kind, branch, suffix, *flags):
-        key = (head, kind, branch, suffix, *flags)
-        if key not in done:
-            folder = tmp_path_factory.mktemp("exported")
-            model = tiny_model(kind, head=head)
-            model.head.cls_logits.weight.data /= 5  # else many scores are 1.0, and equal scores have no order
-            checkpoint.save(folder / "last.pt", model)
-            ask = [] if branch == model.branches[0] else ["--res", branch]
-            file = folder / f"student{suffix}"
-            printed = succeed(evaluate, "--ckpt", folder / "last.pt", "--export", file, *ask, *flags)
-            assert f"{kind} @ {branch}; images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,3)" in printed
-            done[key] = model.folded(), folder
-        return done[key]
+    @functools.cache
+    def run(head, kind, precision, suffix=".pt2"):
+        file = tmp_path_factory.mktemp("exported") / f"student{suffix}"
+        model = model_of(head, kind)
+        checkpoint.save(file.with_name("last.pt"), model)
+        printed = succeed(evaluate, "--ckpt", file.with_name("last.pt"), "--export", file, "--precision", precision)
+        assert f"{kind} @ {model.branches[0]}; images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,3)" in printed
+        return model.folded(), file
 
     return run
 
@@ -69,7 +60,7 @@ def rows(detections):
     return torch.cat(columns, dim=1).double()
 
 
-def assert_same(found, expected, tolerance):
+def assert_same(found, expected, tolerance=1e-4):
     """The same boxes, scores and labels, whatever the order of near ties."""
     ours, theirs = rows(dict(zip(("boxes", "scores", "labels"), found))), rows(expected)
     assert len(ours) == len(theirs) > 10
@@ -77,34 +68,62 @@ def assert_same(found, expected, tolerance):
     assert difference.amin(0).max() < tolerance and difference.amin(1).max() < tolerance
 
 
-@pytest.mark.parametrize("head, kind, branch", CASES)
-def test_the_script_finds_what_the_model_finds(export, head, kind, branch):
-    model, folder = export(head, kind, branch, ".pt2")
-    network, about = load(f"{folder}/student.pt2")
+def assert_finds_what_the_model_finds(file, model, tolerance):
+    network, about = load(str(file))
     for size in SIZES:
         pictures = [picture(size, seed) for seed in range(3)]
         for image in pictures:
-            assert_same(exported.find(network, about, image), model.detect(image, branch)[0], 1e-4)
+            assert_same(exported.find(network, about, image), model.detect(image)[0], tolerance)
         # Three pictures at once: so many have kernels of their own, which round otherwise.
         boxes, scores = network(torch.cat([exported.resize(image, about) for image in pictures]))
         together = exported.find(lambda _: (boxes[2:], scores[2:]), about, pictures[2])
-        assert_same(together, model.detect(pictures, branch)[2], 1e-4)
+        assert_same(together, model.detect(pictures)[2], tolerance)
 
 
-@pytest.mark.parametrize("kind, branch", [("high", "high"), ("conventional", "low"), ("teacher", "low")])
-def test_the_other_kinds_give_the_branch_that_is_asked_for(kind, branch):
+def test_the_script_finds_what_the_model_finds(export):
+    model, file = export(*FCOS)
+    assert_finds_what_the_model_finds(file, model, 1e-4)
+
+
+OTHERS = [("fcos", "high", "high"), ("fcos", "conventional", "low"), ("fcos", "teacher", "low"), ("retinanet", "low", "low")]
+
+
+@pytest.mark.parametrize("head, kind, branch", [*OTHERS, ("retinanet", "teacher", "fused")])
+def test_every_kind_gives_the_branch_that_is_asked_for(head, kind, branch):
     """Without PyTorch's tracing, which takes long."""
-    model, image = tiny_model(kind), picture(SIZES[0], 0)
-    model.head.cls_logits.weight.data /= 5
+    model, image = model_of(head, kind), picture(SIZES[0], 0)
     with torch.no_grad():
         found = exported.find(Exported(model, branch).eval(), describe(model, branch), image)
-    assert_same(found, model.folded().detect(image, branch)[0], 1e-4)
+    assert_same(found, model.folded().detect(image, branch)[0])
+
+
+@pytest.mark.parametrize("case", [FCOS, FUSED], ids=["fcos", "fused"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 200), (257, 64)])
+def test_the_file_computes_what_the_model_does_of_any_size_in_its_own_precision(export, case, size):
+    """Where a map of the pyramid has one cell only, PyTorch would have the export refuse the picture."""
+    (model, file), precision = export(*case), case[2]
+    images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes, scores = load(str(file))[0](images)
+    padded = torch.zeros(2, 3, *model.padded_size(size), dtype=torch.uint8)
+    padded[:, :, : size[0], : size[1]] = images
+    branch = model.branches[0]
+    with processes.autocast(torch.device("cpu"), precision), torch.no_grad():
+        maps = model.pyramids(model.normalize(padded, [size] * 2), [branch])
+        outputs, sizes = model.predict(maps)[branch], align.map_sizes(maps[branch])
+        assert outputs["logits"].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    decoded, expected = model.head.decode(outputs, sizes, torch.arange(boxes.shape[1]))
+    found = (expected > 0).any(-1)
+    assert found.sum() > 10 and (boxes[~found] == 0).all()
+    exact = 0 if precision == "bf16" else 1
+    torch.testing.assert_close(scores, expected, rtol=1e-4 * exact, atol=1e-5 * exact)
+    torch.testing.assert_close(model.scale * boxes[found], decoded[found], rtol=1e-4 * exact, atol=1e-3 * exact)
 
 
 def test_the_script_prints_what_it_finds(export, tmp_path):
-    model, folder = export("fcos", "low", "low", ".pt2")
+    model, file = export(*FCOS)
     picture(SIZES[0], 0).save(tmp_path / "picture.png")
-    command = [sys.executable, ROOT / ".github" / "exported.py", folder / "student.pt2", tmp_path / "picture.png"]
+    # Isolated, so that no msad can be imported.
+    command = [sys.executable, "-I", ROOT / ".github" / "exported.py", file, tmp_path / "picture.png"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
     (expected,) = model.detect(Image.open(tmp_path / "picture.png"))
     assert len(lines) == len(expected["scores"]) > 10
@@ -118,98 +137,45 @@ def test_the_script_prints_what_it_finds(export, tmp_path):
 def test_onnxruntime_finds_the_same(export, head):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
-    model, folder = export(head, "low", "low", ".onnx")
-    network, about = load(f"{folder}/student.onnx")
-    for size in SIZES:
-        pictures = [picture(size, seed) for seed in range(3)]
-        for image in pictures:
-            assert_same(exported.find(network, about, image), model.detect(image)[0], 1e-3)
-        boxes, scores = network(torch.cat([exported.resize(image, about) for image in pictures]))
-        together = exported.find(lambda _: (boxes[2:], scores[2:]), about, pictures[2])
-        assert_same(together, model.detect(pictures)[2], 1e-3)
-    content = pytest.importorskip("onnx").load(folder / "student.onnx")
+    model, file = export(head, "low", "fp32", ".onnx")
+    assert_finds_what_the_model_finds(file, model, 1e-3)
+    content = pytest.importorskip("onnx").load(file)
     assert [i.name for i in content.graph.input] == ["images"]
     assert [o.name for o in content.graph.output] == ["boxes", "scores"]
     assert [(o.domain, o.version) for o in content.opset_import] == [("", 20)]
-    assert [path.name for path in folder.glob("*.onnx*")] == ["student.onnx"]  # weights and all
+    assert [path.name for path in file.parent.glob("*.onnx*")] == ["student.onnx"]  # weights and all
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 200), (257, 64)])
-def test_pictures_may_be_as_small_as_one_pixel(export, size):
-    """Where a map of the pyramid has one cell only, PyTorch would have the export refuse the picture."""
-    model, folder = export("fcos", "low", "low", ".pt2")
-    images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    boxes, scores = load(f"{folder}/student.pt2")[0](images)
-    padded = torch.zeros(2, 3, *model.padded_size(size), dtype=torch.uint8)
-    padded[:, :, : size[0], : size[1]] = images
-    with torch.no_grad():
-        maps = model.pyramids(model.normalize(padded, [size] * 2))
-        outputs, sizes = model.predict(maps)["low"], align.map_sizes(maps["low"])
-        decoded, expected = model.head.decode(outputs, sizes, torch.arange(boxes.shape[1]))
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
-    found = (expected > 0).any(-1)
-    assert found.sum() > 10 and (boxes[~found] == 0).all()
-    torch.testing.assert_close(2 * boxes[found], decoded[found], rtol=1e-4, atol=1e-3)
+def test_the_file_needs_nothing_but_pytorch(export):
+    _, file = export(*FCOS)
+    network, _ = load(str(file))
+    operators = [node.target for node in network.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert len(operators) > 50 and {operator.namespace for operator in operators} == {"aten"}
+    assert not any(output.requires_grad for output in network(torch.zeros(1, 3, 70, 100, dtype=torch.uint8)))
 
 
-ALONE = """
-import sys
-sys.modules.update(dict.fromkeys(["msad", "torchvision", "PIL", "pycocotools"]))  # importing any of these fails
-import torch
-images = torch.load("images.pt")
-boxes, scores = torch.export.load("student.pt2").module()(images)
-assert not boxes.requires_grad and sys.modules["msad"] is None
-torch.save((boxes, scores), "alone.pt")
-"""
-
-
-def test_pytorch_alone_runs_the_file(export):
-    _, folder = export("fcos", "low", "low", ".pt2")
-    images = torch.randint(256, (3, 3, 70, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    torch.save(images, folder / "images.pt")
-    subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=folder, check=True)
-    expected = load(f"{folder}/student.pt2")[0](images)
-    for one, other in zip(torch.load(folder / "alone.pt"), expected, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("head, kind, branch", [CASES[0], CASES[2]])
-def test_what_a_caller_needs_to_know_is_in_the_file(export, head, kind, branch):
-    model, folder = export(head, kind, branch, ".pt2")
-    low = kind == "low"
-    assert load(f"{folder}/student.pt2")[1] == {
-        "kind": kind, "branch": branch, "classes": list(CLASSES), "short_side": 128, "long_side": 256,
+@pytest.mark.parametrize("case", [FCOS, FUSED], ids=["fcos", "fused"])
+def test_what_a_caller_needs_to_know_is_in_the_file(export, case):
+    model, file = export(*case)
+    low = case == FCOS
+    assert load(str(file))[1] == {
+        "kind": case[1], "branch": model.branches[0], "classes": list(CLASSES), "short_side": 128, "long_side": 256,
         "scale": 2 if low else 1, "multiple": 32 if low else 64, "downsample": "area" if low else "",
-        "score_threshold": 0.05, "nms_iou": 0.6 if head == "fcos" else 0.5, "detections": 100,
+        "score_threshold": 0.05, "nms_iou": 0.6 if low else 0.5, "detections": 100,
     }  # fmt: skip
 
 
-def test_bf16_is_exported_as_the_model_computes_it(export):
-    model, folder = export("fcos", "low", "low", ".pt2", "--precision", "bf16")
-    image = torch.from_numpy(np.array(picture((64, 96), 0))).permute(2, 0, 1)
-    boxes, scores = torch.export.load(folder / "student.pt2").module()(image[None])
-    with processes.autocast(torch.device("cpu"), "bf16"), torch.no_grad():
-        maps = model.pyramids(model.normalize(image[None], [(64, 96)]))
-        outputs, sizes = model.predict(maps)["low"], align.map_sizes(maps["low"])
-        assert outputs["logits"].dtype == torch.bfloat16
-    decoded, expected = model.head.decode(outputs, sizes, torch.arange(boxes.shape[1]))
-    assert scores.equal(expected) and (scores > 0).sum() > 10
-    assert (2 * boxes).equal(torch.where((scores > 0).any(-1, keepdim=True), decoded, 0.0))
-
-
-def test_what_cannot_be_exported_is_said_in_one_line(export, monkeypatch):
-    _, folder = export("fcos", "low", "low", ".pt2")
-    for slow in ("trace", "to_pt2"):
-        monkeypatch.setattr(f"msad.engine.export.{slow}", lambda *_: b"")
-    flags = ["--ckpt", folder / "last.pt", "--export"]
-    assert "must end in .pt2 or .onnx" in complaint(evaluate, *flags, folder / "student.pth")
-    assert "nothing/student.pt2: cannot be written" in complaint(evaluate, *flags, folder / "nothing" / "student.pt2")
-    assert "--res fused" in complaint(evaluate, *flags, folder / "a.pt2", "--res", "fused")
-    for others in (["--images", folder], ["--data", folder], ["--draw"], ["--json", "a.json"], ["--per-class"]):
-        line = complaint(evaluate, *flags, folder / "a.pt2", *others)
+def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pt", tiny_model("low"))
+    flags = ["--ckpt", tmp_path / "last.pt", "--export"]
+    assert "must end in .pt2 or .onnx" in complaint(evaluate, *flags, tmp_path / "a.pth")
+    assert "--res fused" in complaint(evaluate, *flags, tmp_path / "a.pt2", "--res", "fused")
+    for others in (["--images", tmp_path], ["--data", tmp_path], ["--draw"], ["--json", "a.json"], ["--per-class"]):
+        line = complaint(evaluate, *flags, tmp_path / "a.pt2", *others)
         assert others[0] in line and "--export" in line
-    assert "--precision bf16" in complaint(evaluate, *flags, folder / "a.onnx", "--precision", "bf16")
-    assert not list(folder.glob("a.*"))
-    monkeypatch.undo()
+    assert "--precision bf16" in complaint(evaluate, *flags, tmp_path / "a.onnx", "--precision", "bf16")
+    assert not list(tmp_path.glob("a.*"))
+    program = torch.export.export(torch.nn.Identity(), (torch.zeros(1),))
+    monkeypatch.setattr("msad.engine.export.trace", lambda _: program)  # the model's own takes long
     monkeypatch.setitem(sys.modules, "onnxscript", None)  # importing it fails
-    assert "pip install onnx onnxscript" in complaint(evaluate, *flags, folder / "a.onnx")
+    assert "pip install onnx onnxscript" in complaint(evaluate, *flags, tmp_path / "a.onnx")
