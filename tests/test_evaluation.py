@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from folders import annotation_path, draw_rectangles, noise, random_content, write
-from helpers import tiny_config, tiny_model
+from helpers import CLASSES, tiny_config, tiny_model
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -87,19 +87,7 @@ def random_detections(truth, rng):
     return detections
 
 
-def perfect(truth):
-    """Each box that is no crowd; scores differ, for pycocotools breaks ties by image id."""
-    rng = np.random.default_rng(0)
-    found = []
-    for index in range(len(truth)):
-        rows = truth.of_image(index)
-        real = ~truth.crowd[rows]
-        boxes, labels = truth.boxes[rows][real], truth.labels[rows][real].astype(np.int64)
-        found.append((index, {"boxes": boxes, "labels": labels, "scores": rng.random(len(boxes))}))
-    return found
-
-
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_metrics_equal_pycocotools_from_files(tmp_path, seed):
     truth = random_set(tmp_path, seed)
     detections = random_detections(truth, np.random.default_rng(seed))
@@ -121,40 +109,30 @@ def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
 
 
 def test_perfect_detections_give_ap_1(tmp_path):
-    truth = random_set(tmp_path, 7)
-    metrics = evaluation.coco_metrics(truth, perfect(truth))
+    truth, found = random_set(tmp_path, 7), []
+    for index in range(len(truth)):
+        rows = truth.of_image(index)
+        rows = np.arange(rows.start, rows.stop)[~truth.crowd[rows]]
+        scores = np.linspace(0.5, 0.9, len(rows)) + index / 1000  # they differ: pycocotools breaks ties by image id
+        found.append((index, {"boxes": truth.boxes[rows], "labels": truth.labels[rows].astype(np.int64), "scores": scores}))
+    metrics = evaluation.coco_metrics(truth, found)
     assert [metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")] == pytest.approx([1] * 7)
     present = {truth.classes[k]["name"] for k in set(truth.labels[~truth.crowd].tolist())}
     assert {name for name, value in metrics["classes"].items() if value == pytest.approx(1)} == present
 
 
-def test_a_duplicate_a_miss_and_a_wrong_class_cost_what_they_should(tmp_path):
-    truth = random_set(tmp_path, 7)
-    complete = perfect(truth)
-    index, found = max(complete, key=lambda pair: len(pair[1]["boxes"]))
-    label = int(found["labels"][0])
-    other = next(k for k in set(truth.labels.tolist()) if k != label)
-    complete[index] = (index, found | {"labels": np.array([other, *found["labels"][1:]])})
-    metrics = evaluation.coco_metrics(truth, complete)
-    assert metrics["AP"] < 1 and metrics["classes"][truth.classes[label]["name"]] < 1
-    assert_equal(metrics, by_pycocotools(tmp_path, truth, complete))
-
-
 def test_no_detections_and_nothing_to_detect(tmp_path):
     truth = random_set(tmp_path, 3)
-    for nothing in ([], [(index, NOTHING) for index in range(len(truth))]):
-        metrics = evaluation.coco_metrics(truth, nothing)
+    for found in ([], [(index, NOTHING) for index in range(len(truth))]):
+        metrics = evaluation.coco_metrics(truth, found)
         assert {metrics[name] for name in evaluation.METRICS} == {0}
         assert metrics["classes"]["never seen"] == -1 and metrics["classes"]["class 3"] == 0
 
-    content = random_content(3)
-    crowd = [a | {"iscrowd": 1} for a in content["annotations"]]
-    for name, entries in (("empty", []), ("crowded", crowd)):
-        write(tmp_path / name, content | {"annotations": entries}, "val")
-        truth = annotations.read(tmp_path / name, "val")
-        detections = [(0, {"boxes": np.array([[1, 2, 30, 40]]), "labels": np.array([1]), "scores": np.array([0.5])})]
-        for found in ([], detections):
-            metrics = evaluation.coco_metrics(truth, found)
+    content, one = random_content(3), {"boxes": np.array([[1, 2, 30, 40]]), "labels": np.array([1])}
+    for entries in ([], [a | {"iscrowd": 1} for a in content["annotations"]]):
+        write(tmp_path, content | {"annotations": entries}, "val")
+        for found in ([], [(0, one | {"scores": np.array([0.5])})]):
+            metrics = evaluation.coco_metrics(annotations.read(tmp_path, "val"), found)
             assert {metrics[name] for name in evaluation.METRICS} | set(metrics["classes"].values()) == {-1}
 
 
@@ -206,26 +184,17 @@ def test_the_table_shows_percent_and_a_dash_for_nothing():
 BRANCHES = [("high", "high"), ("low", "low"), ("teacher", "high"), ("teacher", "low"), ("conventional", "low")]
 
 
-def gmacs(model, branch, height, width):
-    """What is counted, by part."""
-    return count_cost(model, branch, height, width)["gmacs"]
-
-
 def by_hand(model, branch, images):
     """{part: multiply-accumulates / 1e9}, counted in hooks from each layer's definition while it runs."""
     counted = dict.fromkeys((*PARTS, "fusion"), 0)
 
-    def hook(part):
-        def add(layer, inputs, output):
-            each = layer.weight[0].numel()  # products for one number of the output
-            counted[part] += output.numel() * each / 1e9
-
-        return add
+    def count(part, layer, output):
+        counted[part] += output.numel() * layer.weight[0].numel() / 1e9  # products for one number of the output
 
     for part in counted:
         for layer in getattr(model, part, nn.Identity()).modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                layer.register_forward_hook(hook(part))
+                layer.register_forward_hook(lambda layer, _, output, part=part: count(part, layer, output))
     with torch.no_grad():
         model.predict(model.pyramids(images, [branch]))
     return counted
@@ -235,89 +204,64 @@ def by_hand(model, branch, images):
 @pytest.mark.parametrize("kind, branch", [*BRANCHES, ("teacher", "fused")])
 def test_macs_are_those_of_every_convolution_that_runs(kind, branch, head):
     model = models.build(tiny_config(kind, head=head)).eval()
-    found = gmacs(model, branch, 120, 192)  # padded to 128 x 192
+    found = count_cost(model, branch, 120, 192)["gmacs"]  # padded to 128 x 192
     expected = by_hand(model, branch, torch.zeros(1, 3, *((64, 96) if kind == "low" else (128, 192))))
     assert (expected["fusion"] > 0) == (branch == "fused")
     expected["total"] = sum(expected.values())
     assert found == pytest.approx({name: expected[name] for name in (*PARTS, "total")}, rel=1e-9)
 
 
-def test_the_head_by_arithmetic():
-    locations = 16 * 16 + 8 * 8 + 4 * 4 + 2 * 2 + 1  # of a 128 x 128 input
-    towers = 2 * 9 * 32 * 64  # two of one 3x3 convolution, from 32 channels of the pyramid to 64
-    outputs = 9 * 64 * (3 + 4 + 1)  # 3x3 convolutions to classes, box and centerness
-    for kind in ("high", "low"):
-        assert gmacs(tiny_model(kind), kind, 128, 128)["head"] == locations * (towers + outputs) / 1e9
-
-
 def test_low_resolution_saves_three_quarters_of_all_but_the_head():
-    high, low = (gmacs(tiny_model("teacher"), branch, 256, 256) for branch in ("high", "low"))
+    high, low = (count_cost(tiny_model("teacher"), branch, 256, 256)["gmacs"] for branch in ("high", "low"))
     assert low["backbone"] == high["backbone"] / 4 and low["head"] == high["head"]
 
 
 @pytest.fixture
-def data(tmp_path):
-    """Seven pictures, four of which are padded to 128 x 192 (height, width) by a model that tests at 128."""
+def home(tmp_path):
+    """Seven pictures, four of which are padded to 128 x 192 (height, width) by a model that tests at 128; a detector."""
     sizes = [(64, 64), (128, 140), (128, 180), (100, 140), (192, 128), (128, 192), (30, 30)]
     images = [{"id": i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(sizes, 1)]
+    boxes = [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 20, 30], "area": 600, "iscrowd": 0}]
+    write(tmp_path, {"images": images, "annotations": boxes, "categories": CLASSES}, "val")
     for entry in images:
-        (tmp_path / "val").mkdir(exist_ok=True)
         picture = noise(entry["height"], entry["width"], entry["id"])
         Image.fromarray(picture).save(tmp_path / "val" / entry["file_name"])
-    boxes = [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 20, 30], "area": 600, "iscrowd": 0}]
-    categories = [{"id": k, "name": n} for k, n in ((3, "disk"), (7, "star"), (20, "frame"))]
-    write(tmp_path, {"images": images, "annotations": boxes, "categories": categories}, "val")
+    checkpoint.save(tmp_path / "model.pt", tiny_model("low"))
     return tmp_path
 
 
+def flags(home, *more):
+    return ["--ckpt", home / "model.pt", "--data", home, "--device", "cpu", "--precision", "fp32", *more]
+
+
 @pytest.mark.parametrize("kind", ["teacher", "low"])
-def test_the_size_is_the_commonest_and_only_such_images_are_timed(data, kind, monkeypatch):
-    model = tiny_model(kind)
-    dataset = CocoDataset(annotations.read(data, "val"), (128,), 256, model.downsample)
-    timed, clock = [], iter(range(1000))
-    monkeypatch.setattr(CocoDataset, "__getitem__", spy(CocoDataset.__getitem__, timed))
+def test_the_size_is_the_commonest_and_only_such_images_are_timed(home, kind, monkeypatch):
+    model, timed, clock = tiny_model(kind), [], iter(range(1000))
+    dataset = CocoDataset(annotations.read(home, "val"), (128,), 256, model.downsample)
+    read = CocoDataset.__getitem__
+    monkeypatch.setattr(CocoDataset, "__getitem__", lambda self, item: timed.append(item[0]) or read(self, item))
     monkeypatch.setattr(cost, "now", lambda device: next(clock) ** 2 / 1000)
     found = cost.measure_cost(model, dataset, model.branches[0], images=3)
     assert found["size"] == [128, 192] and timed == [1, 1, 1, 2, 3]
     # The clock is read at 0, 1, 4, ... ms, three times an image; the first two images are the warm-up.
     assert found["ms"] == pytest.approx({"network": 19, "postprocessing": 21})
-    assert found["gmacs"] == gmacs(model, model.branches[0], 128, 192)
+    assert found["gmacs"] == count_cost(model, model.branches[0], 128, 192)["gmacs"]
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def spy(method, indices):
-    def reading(self, item):
-        indices.append(item[0])
-        return method(self, item)
-
-    return reading
-
-
-def test_evaluate_reports_the_cost_of_every_branch(data, tmp_path):
-    checkpoint.save(tmp_path / "teacher.pt", tiny_model("teacher"))
-    flags = ["--ckpt", tmp_path / "teacher.pt", "--data", data, "--device", "cpu", "--precision", "fp32"]
-    printed = succeed(evaluate, *flags, "--json", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
+def test_evaluate_reports_the_cost_of_every_branch(home):
+    checkpoint.save(home / "model.pt", tiny_model("teacher"))
+    printed = succeed(evaluate, *flags(home, "--json", home / "found.json"))
+    found = json.loads((home / "found.json").read_text())
     assert sorted(found) == ["fused", "high", "low"]
     for branch, numbers in found.items():
-        counted = gmacs(tiny_model("teacher"), branch, 128, 192)
+        counted = count_cost(tiny_model("teacher"), branch, 128, 192)["gmacs"]
         assert numbers["cost"]["gmacs"] == counted and min(numbers["cost"]["ms"].values()) > 0
         assert f"{branch}: {counted['total']:.2f} GMACs" in printed and "128x192" in printed
     assert printed.count("measured on cpu, fp32, 1 thread") == 1
 
 
 # Results: tried before the work, written before a word is said, and nothing that is read is written to.
-
-
-@pytest.fixture
-def home(data):
-    """The data set, a checkpoint beside it, and the flags that evaluate it."""
-    checkpoint.save(data / "model.pt", tiny_model("low"))
-    return data
-
-
-def flags(home, *more):
-    return ["--ckpt", home / "model.pt", "--data", home, "--device", "cpu", "--precision", "fp32", *more]
 
 
 @pytest.mark.parametrize("flag", ["--json", "--detections", "--export"])
@@ -331,35 +275,26 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(home, monkeypatc
         assert line.startswith(f"error: {home}/{place}: cannot be written")
 
 
-@pytest.mark.parametrize("slip", ["ckpt", "annotations", "linked", "other result"])
+@pytest.mark.parametrize("slip", ["model.pt", "annotations/instances_val.json", "linked.json", "result.json"])
 def test_what_is_read_or_written_already_is_refused_and_stays(home, monkeypatch, slip):
     monkeypatch.setattr(evaluation, "evaluate", None)  # is never called
     (home / "linked.json").symlink_to(home / "model.pt")
-    ways = {"ckpt": home / "model.pt", "annotations": annotation_path(home, "val"), "linked": home / "linked.json"}
-    path = ways.get(slip, home / "result.json")
-    before = path.read_bytes() if path.exists() else b""
-    other = ["--json", home / "val" / ".." / "result.json"] if slip == "other result" else []
-    line = complaint(evaluate, *flags(home, *other, "--detections", path))
-    assert f"{path}: is read, or written to, by the same command" in line and path.read_bytes() == before
+    (home / "result.json").touch()
+    before = (home / slip).read_bytes()
+    other = ["--json", home / "val" / ".." / "result.json"]
+    line = complaint(evaluate, *flags(home, *other, "--detections", home / slip))
+    assert f"{slip}: is read, or written to, by the same command" in line and (home / slip).read_bytes() == before
 
 
-def test_an_earlier_result_stays_until_the_new_one_is_there(home, monkeypatch):
-    (home / "a.json").write_text("earlier")
-    monkeypatch.setattr(evaluation, "evaluate", raise_interrupt)
-    assert call(evaluate, *flags(home, "--json", home / "a.json"))[0] == 130
-    assert (home / "a.json").read_text() == "earlier"
+def test_results_are_whole_before_a_word_is_said_and_an_earlier_one_stays_until_then(home, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
 
-
-def raise_interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def test_files_are_written_before_a_word_is_said(home, monkeypatch):
-    class Closed(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError
-
-    monkeypatch.setattr("sys.argv", ["", *map(str, flags(home, "--json", home / "a", "--detections", home / "b"))])
-    with pytest.raises(BrokenPipeError), contextlib.redirect_stdout(Closed()):
-        evaluate.main()
+    (home / "a").write_text("earlier")
+    more = flags(home, "--json", home / "a", "--detections", home / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", stop)
+        assert call(evaluate, *more)[0] == 130 and (home / "a").read_text() == "earlier"
+    monkeypatch.setattr(evaluate, "print", stop, raising=False)
+    assert call(evaluate, *more)[0] == 130
     assert json.loads((home / "a").read_text())["low"] and json.loads((home / "b").read_text())
