@@ -71,6 +71,8 @@ def test_one_picture_several_and_whole_batches():
         same_detections(model.detect(two), [one, one])
     mixed = model.detect([SMALL, other, Image.fromarray(SMALL), other.double().numpy().transpose(1, 2, 0)])
     same_detections(mixed, [one, *model.detect(other)] * 2)
+    floats = torch.rand(3, *tensor.shape[1:])  # of one size with bytes, but in no batch with them
+    same_detections(model.detect([tensor, floats]), [one, *model.detect(floats)])
     grey = tensor[:1]
     same_detections(model.detect(torch.stack([grey, grey])), 2 * model.detect(SMALL[..., 0]))
     for nothing in ([], torch.zeros(0, 3, 40, 40), np.zeros((0, 40, 40, 3), np.uint8), iter([])):
