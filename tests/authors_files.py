@@ -45,23 +45,20 @@ def shapes_of_backbone():
 
 
 def shapes_of_pyramid(width):
-    for level in (2, 3, 4, 5):
-        yield f"fpn_lateral{level}.weight", (256, int(width * 256 * 2 ** (level - 2)), 1, 1)
-        yield f"fpn_lateral{level}.bias", (256,)
-        yield f"fpn_output{level}.weight", (256, 256, 3, 3)
-        yield f"fpn_output{level}.bias", (256,)
-    for level, channels in ((6, int(width * 2048)), (7, 256)):
-        yield f"top_block.p{level}.weight", (256, channels, 3, 3)
-        yield f"top_block.p{level}.bias", (256,)
+    convolutions = {f"fpn_lateral{level}": (int(width * 2 ** (6 + level)), 1) for level in (2, 3, 4, 5)}
+    convolutions |= {f"fpn_output{level}": (256, 3) for level in (2, 3, 4, 5)}
+    convolutions |= {"top_block.p6": (int(width * 2048), 3), "top_block.p7": (256, 3)}
+    for name, (channels, kernel) in convolutions.items():
+        yield f"{name}.weight", (256, channels, kernel, kernel)
+        yield f"{name}.bias", (256,)
 
 
 def shapes_of_head():
     for tower in ("cls_tower", "bbox_tower"):
         for conv in (0, 3, 6, 9):
             yield f"{tower}.{conv}.weight", (256, 256, 3, 3)
-            yield f"{tower}.{conv}.bias", (256,)
-            yield f"{tower}.{conv + 1}.weight", (256,)
-            yield f"{tower}.{conv + 1}.bias", (256,)
+            for name in (f"{conv}.bias", f"{conv + 1}.weight", f"{conv + 1}.bias"):
+                yield f"{tower}.{name}", (256,)
     yield "cls_logits.weight", (80, 256, 3, 3)
     yield "cls_logits.bias", (80,)
     yield "bbox_pred.weight", (4, 256, 3, 3)
