@@ -1,16 +1,15 @@
 """Checkpoints: whole or not at all, back to the bit, and one clear line for every file that is no checkpoint."""
 
 import os
-import random
 import resource
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import tiny_model
 
 from msad import InputError, models
-from msad.engine import checkpoint, files
+from msad.engine import checkpoint
 
 
 def assert_refused(path, *expected, **how):
@@ -61,18 +60,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint(saved):
     assert saved.read_bytes() != before and checkpoint.read(saved)["training"] == {"done": 2}
 
 
-def test_until_the_file_is_whole_it_has_another_name(saved, monkeypatch):
-    before, written = saved.read_bytes(), []
-
-    def replace(source, target):
-        assert Path(target) == saved and saved.read_bytes() == before
-        written.append(checkpoint.read(source)["training"]["done"])
-
-    monkeypatch.setattr(files.os, "replace", replace)
-    checkpoint.save(saved, tiny_model("low"), {"done": 2})
-    assert written == [2] and saved.read_bytes() == before
-
-
 class Touch:
     """Unpickling it would write a file."""
 
@@ -96,45 +83,38 @@ def test_files_that_are_no_checkpoints_are_refused(saved, tmp_path):
     assert_refused(tmp_path / "absent.pt", "no such file")
     assert_refused(tmp_path)
     whole = saved.read_bytes()
-    for content in (b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1], whole[1000:], bytes(5000)):
+    spoilt = bytes(9) + whole[9:], whole[:2000] + bytes(400) + whole[2400:]
+    for content in (b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1], whole[1000:], bytes(5000), *spoilt):
         saved.write_bytes(content)
         assert_refused(saved)
-    hollow = {"msad": 1, "config": {}, "model": {}}
-    for content in ({}, [1, 2], torch.zeros(3), {"model": {}}, {"msad": 2}, {"msad": 1}, hollow):
+    for content in ({}, [1, 2], torch.zeros(3), {"model": {}}, {"msad": 2}, {"msad": 1}):
         torch.save(content, saved)
         assert_refused(saved)
 
 
-def test_a_model_of_another_kind_than_wanted_is_refused(saved):
-    assert_refused(saved, "kind low", "not a teacher", want="teacher")
-    assert checkpoint.load(saved, want="low").config.kind == "low"
-
-
-def test_what_only_a_run_needs_may_be_missing(saved):
+def test_what_only_a_run_needs_may_be_missing_and_the_kind_must_be_the_wanted_one(saved):
     content = torch.load(saved, weights_only=True)
     del content["training"]
     torch.save(content, saved)
-    assert checkpoint.read(saved)["training"] is None and checkpoint.load(saved).config.kind == "low"
+    assert checkpoint.read(saved)["training"] is None and checkpoint.load(saved, want="low").config.kind == "low"
+    assert_refused(saved, "kind low", "not a teacher", want="teacher")
 
 
-def edit_tensor(**changes):
-    return lambda content: content["model"].update({k.replace("__", "."): v for k, v in changes.items()})
-
-
+STRANGE = (None, "x", -1, 0.5, float("nan"), float("inf"), [], {}, (1,), torch.zeros(2), "teacher", {"id": 1})
 MISFITS = {  # what is done to a checkpoint's content, and what the message names
-    "shape": (edit_tensor(backbone__conv1__weight=torch.zeros(16, 3, 5, 5)), "backbone.conv1.weight"),
-    "unknown tensor": (edit_tensor(foreign__tensor=torch.zeros(3)), "foreign.tensor"),
-    "missing tensor": (lambda content: content["model"].pop("head.cls_logits.bias"), "head.cls_logits.bias"),
-    "other width": (lambda content: content["config"].update(width=0.5), "conv1"),
-    "endless width": (lambda content: content["config"].update(width=float("inf")), ""),
-    "other kind": (lambda content: content["config"].update(kind="teacher"), "fusion"),
-    "unknown kind": (lambda content: content["config"].update(kind="unheard of"), "unheard of"),
-    "unknown field": (lambda content: content["config"].update(novelty=1), "novelty"),
-    "missing field": (lambda content: content["config"].pop("classes"), "classes"),
-    "another format": (lambda content: content.update(msad=2), "not a checkpoint of this program"),
-    "no model": (lambda content: content.pop("model"), "model"),
-    "no description": (lambda content: content.update(config=None), ""),
-}
+    "shape": (lambda c: c["model"].update({"backbone.conv1.weight": torch.zeros(16, 3, 5, 5)}), "backbone.conv1.weight"),
+    "unknown tensor": (lambda c: c["model"].update({"foreign.tensor": torch.zeros(3)}), "foreign.tensor"),
+    "missing tensor": (lambda c: c["model"].pop("head.cls_logits.bias"), "head.cls_logits.bias"),
+    "other width": (lambda c: c["config"].update(width=0.5), "conv1"),
+    "other kind": (lambda c: c["config"].update(kind="teacher"), "fusion"),
+    "unknown kind": (lambda c: c["config"].update(kind="unheard of"), "unheard of"),
+    "unknown field": (lambda c: c["config"].update(novelty=1), "novelty"),
+    "missing field": (lambda c: c["config"].pop("classes"), "classes"),
+    "another format": (lambda c: c.update(msad=2), "not a checkpoint of this program"),
+    "no model": (lambda c: c.pop("model"), "model"),
+    "no description": (lambda c: c.update(config=None), ""),
+    "no tensor": (lambda c: c["model"].update({"backbone.conv1.weight": "x"}), "backbone.conv1.weight"),
+} | {f"width {value}": (lambda c, value=value: c["config"].update(width=value), "") for value in STRANGE}
 
 
 @pytest.mark.parametrize("case", MISFITS)
@@ -144,40 +124,3 @@ def test_tensors_and_description_must_fit(saved, case):
     edit(content)
     torch.save(content, saved)
     assert_refused(saved, expected)
-
-
-STRANGE = (None, "x", -1, 0, 0.5, float("nan"), 1e300, [], {}, (1,), torch.zeros(2), "teacher", "resnet50", {"id": 1})
-
-
-def test_random_damage_gives_a_model_or_one_clear_line(saved):
-    rng, whole, content = random.Random(0), saved.read_bytes(), torch.load(saved, weights_only=True)
-    outcomes = {True: 0, False: 0}
-    for trial in range(80):
-        if trial % 2:  # bytes, most of them where the description is
-            damaged = bytearray(whole)
-            for _ in range(rng.choice((1, 3))):
-                place = rng.randrange(rng.choice((3000, 40_000, len(whole))))
-                damaged[place * rng.choice((1, -1))] = rng.randrange(256)
-            saved.write_bytes(damaged)
-        else:
-            part = rng.choice(("config", "config", "model"))
-            changed = content | {part: dict(content[part])}
-            changed[part][rng.choice(list(changed[part]))] = rng.choice(STRANGE)
-            torch.save(changed, saved)
-        try:
-            outcomes[checkpoint.load(saved).config.kind in models.KINDS] += 1
-        except InputError as error:
-            assert str(saved) in str(error) and "\n" not in str(error)
-            outcomes[False] += 1
-    assert min(outcomes.values()) > 5, outcomes
-
-
-def test_what_an_optimizer_needs_survives(tmp_path):
-    model = models.build(tiny_config("high"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    sum(p.sum() for p in model.parameters()).backward()
-    optimizer.step()
-    checkpoint.save(tmp_path / "a.pt", model, {"optimizer": optimizer.state_dict()})
-    stored = checkpoint.read(tmp_path / "a.pt")["training"]["optimizer"]
-    for one, other in zip(optimizer.state_dict()["state"].values(), stored["state"].values(), strict=True):
-        assert all(one[key].equal(other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
