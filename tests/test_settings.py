@@ -10,7 +10,7 @@ import torch
 import train
 from folders import draw_rectangles
 from helpers import tiny_config
-from scripts import SHORT, TINY, complaint, succeed
+from scripts import SHORT, complaint, succeed
 
 from msad.data import shapes
 from msad.data.errors import InputError
@@ -72,42 +72,39 @@ def test_a_recipe_is_chosen_by_data_and_device_unless_it_is_typed(capsys, known,
         ("photos", 19_999, {}, 30_000, 1500),
         ("photos", 510, {"iters": 100}, 100, 5),
         ("photos", 510, {"iters": 100, "kd_ramp": 7}, 100, 7),
-        ("laptop", 3000, {}, None, None),
+        ("laptop", 3000, {}, 4500, 225),
     ],
 )
 def test_the_length_of_a_run_on_photos_follows_from_their_number(recipe, count, typed, iters, ramp):
-    if recipe == "laptop":
-        epochs, shortest, longest = settings.LENGTHS[recipe]
-        iters = min(max(epochs * count // settings.LAPTOP["batch"], shortest), longest)
     stored = {"recipe": recipe, "data": "d", "short_sides": [64]}
     inherited = settings.inherit(teacher_content() | {"training": {"settings": stored}}, "t.pt")
     found = settings.settle(inherited | typed, distill.OWN, count, CPU)
-    assert (found.iters, found.kd_ramp, found.eval_every) == (iters, ramp or iters // 20, iters // 4)
+    assert (found.iters, found.kd_ramp, found.eval_every) == (iters, ramp, iters // 4)
     assert settings.settle({"recipe": recipe} | typed, train.OWN, count, CPU).iters == iters
 
 
-def test_statistics_of_batchnorm_stay_only_where_there_are_some():
-    for typed, norm in (({}, "frozen"), ({"weights": "none"}, "sync"), ({"weights": "none", "norm": "local"}, "local")):
-        assert settings.settle(typed | {"recipe": "photos"}, train.OWN, 300, CPU).norm == norm
-
-
-@pytest.mark.parametrize("recipe, batch, rate", [("small", 2, 0.008 / 4), ("coco", 32, 0.02)])
-def test_the_learning_rate_is_in_proportion_to_the_batch_unless_it_is_typed(recipe, batch, rate):
-    typed = {"recipe": recipe, "batch": batch}
-    assert settings.settle(typed, train.OWN, 300, CPU).lr == pytest.approx(rate)
-    assert settings.settle(typed | {"lr": 0.7}, train.OWN, 300, CPU).lr == 0.7
+@pytest.mark.parametrize(
+    "typed, expected",
+    [
+        # Statistics of BatchNorm stay only where there are some.
+        ({"recipe": "photos"}, {"norm": "frozen"}),
+        ({"recipe": "photos", "weights": "none"}, {"norm": "sync"}),
+        ({"recipe": "photos", "weights": "none", "norm": "local"}, {"norm": "local"}),
+        # The learning rate is in proportion to the batch unless it is typed.
+        ({"batch": 2}, {"lr": 0.008 / 4, "iters": 1200}),
+        ({"batch": 2, "lr": 0.7}, {"lr": 0.7}),
+        ({"recipe": "coco", "batch": 32}, {"lr": 0.02}),
+        # A small RetinaNet takes smaller steps, and more of them.
+        ({"head": "retinanet"}, {"iters": 2000, "eval_every": 1000, "lr": 0.003}),
+        ({"head": "retinanet", "batch": 4, "iters": 7}, {"iters": 7, "lr": 0.0015}),
+        ({"head": "retinanet", "recipe": "coco"}, {"iters": 90_000, "lr": 0.01}),
+    ],
+)
+def test_what_follows_from_what_is_typed(typed, expected):
     teacher = settings.inherit(teacher_content(head="fcos"), "t.pt")
-    assert settings.settle(teacher | typed, distill.OWN, 300, CPU).lr == pytest.approx(rate)
-
-
-def test_a_small_retinanet_takes_smaller_steps_and_more_of_them():
-    small = settings.settle({"head": "retinanet"}, train.OWN, 300, CPU)
-    assert (small.iters, small.eval_every, small.lr) == (2000, 1000, 0.003)
-    assert settings.settle({"head": "retinanet", "batch": 4}, train.OWN, 300, CPU).lr == pytest.approx(0.0015)
-    assert settings.settle({"head": "retinanet", "iters": 7}, train.OWN, 300, CPU).iters == 7
-    teacher = settings.inherit(teacher_content(), "t.pt")
-    assert settings.settle(teacher | {"recipe": "small"}, distill.OWN, 300, CPU).iters == 2000
-    assert settings.settle(teacher | {"recipe": "coco"}, distill.OWN, 300, CPU).iters == 90_000
+    for script, inherited in ((train, {}), (distill, teacher)):  # a teacher's run was of the small recipe
+        found = vars(settings.settle(inherited | typed, script.OWN, 300, CPU))
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def test_a_student_inherits_data_and_network_and_nothing_else_of_its_teacher_s_run():
@@ -140,73 +137,24 @@ def test_settings_that_are_none_are_the_teacher_s_file_s_fault():
         settings.inherit(teacher_content() | {"training": {"settings": 7}}, "t.pt")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with two data sets, and a teacher and a student who were told of the first one, once."""
-    home = tmp_path_factory.mktemp("home")
-    draw_rectangles(home / "data", {"train": 6, "val": 2})
-    draw_rectangles(home / "other", {"train": 5, "val": 3}, seed=1)
-    flags = [*TINY, "--data", home / "data", "--object-scale", 0.5, "--pad", 128, "--iters", 1]
-    succeed(train, *flags, "--out", home / "teacher")
-    (home / "printed").write_text(
-        succeed(distill, *SHORT, "--iters", 1, "--teacher", home / "teacher" / "last.pt", "--out", home / "student")
-    )
-    return home
-
-
-def trained(folder):
-    """The settings and the network in a run's checkpoint."""
-    content = checkpoint.read(folder / "last.pt")
-    return content["training"]["settings"], content["config"]
-
-
-def test_a_student_s_run_has_the_data_and_the_sizes_of_its_teacher_s(home):
-    (first, teacher), (second, student) = trained(home / "teacher"), trained(home / "student")
-    for name in INHERITED:
-        assert second[name] == first[name], name
-    assert vars(student) == vars(teacher) | {"kind": "low"} and (student.object_scale, student.pad) == (0.5, 128)
-    lines = (home / "printed").read_text().splitlines()
-    assert any(line.startswith("train     6 images") for line in lines)
-    assert any(line.startswith("val       2 images") for line in lines)
-
-
-def test_a_student_is_trained_on_other_data_and_sizes_if_they_are_typed(home, tmp_path):
-    typed = ["--data", home / "other", "--test-side", 96, "--short-sides", 96, "--head-convs", 2, "--pad", 64]
-    flags = [*SHORT, "--iters", 1, "--teacher", home / "teacher" / "last.pt", "--out", tmp_path]
-    printed = succeed(distill, *flags, *typed)
-    found, config = trained(tmp_path)
-    assert (found["data"], found["short_sides"], found["recipe"]) == (str(home / "other"), [96], "small")
-    assert (config.short_side, config.head_convs, config.pad, config.fpn_channels) == (96, 2, 64, 32)
-    assert "train     5 images" in printed and "val       3 images" in printed
-
-
-def test_a_checkpoint_is_evaluated_on_the_data_it_was_trained_on_unless_other_data_is_typed(home):
-    cpu = ["--device", "cpu", "--precision", "fp32"]
-    for name in ("teacher", "student"):
-        flags = ["--ckpt", home / name / "last.pt", *cpu]
-        assert "; 2 images (" in succeed(evaluate, *flags)
-        assert "; 3 images (" in succeed(evaluate, *flags, "--data", home / "other")
-
-
-def test_data_that_has_moved_is_one_line_and_can_be_said(home, tmp_path):
-    moved, runs = tmp_path / "moved", tmp_path / "runs"
-    shutil.copytree(home, runs)
-    for name in ("teacher", "student"):
-        content = torch.load(runs / name / "last.pt", weights_only=True)
+def test_data_that_has_moved_is_one_line_and_can_be_said(uninterrupted, tmp_path):
+    moved, folder = tmp_path / "moved", tmp_path / "runs"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "data").rename(moved)
+    paths = {name: folder / name / "last.pt" for name in ("teacher", "trained", "distilled")}
+    for path in paths.values():
+        content = torch.load(path, weights_only=True)
         content["training"]["settings"]["data"] = str(tmp_path / "before")
-        content["training"]["done"] = 0
-        torch.save(content, runs / name / "last.pt")
-    (runs / "data").rename(moved)
-    teacher, student = runs / "teacher" / "last.pt", runs / "student" / "last.pt"
+        torch.save(content, path)
     for script, flags in (
-        (evaluate, ["--ckpt", student, "--device", "cpu"]),
-        (distill, [*SHORT, "--iters", 1, "--teacher", teacher, "--out", tmp_path / "out"]),
-        (train, ["--resume", "--out", runs / "teacher"]),
+        (evaluate, ["--ckpt", paths["distilled"], "--device", "cpu"]),
+        (distill, [*SHORT, "--iters", 1, "--teacher", paths["teacher"], "--out", tmp_path / "out"]),
+        (train, ["--resume", "--out", folder / "trained"]),
     ):
         line = complaint(script, *flags)
         assert f"{tmp_path}/before/annotations/" in line and "--data" in line
         succeed(script, *flags, "--data", moved)
-    assert trained(tmp_path / "out")[0]["data"] == trained(runs / "teacher")[0]["data"] == str(moved)
+    assert checkpoint.read(tmp_path / "out" / "last.pt")["training"]["settings"]["data"] == str(moved)
 
 
 SOON = {  # a small recipe that is over soon
