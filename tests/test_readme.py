@@ -19,7 +19,7 @@ from scripts import ROOT, TINY, call, succeed
 
 from msad import align, models
 from msad.data import shapes
-from msad.engine import settings
+from msad.engine import export, settings
 
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", ".github/RESULTS.md", ".github/NOTES.md")}
 SCRIPTS = {"train.py": train, "distill.py": distill, "evaluate.py": evaluate}
@@ -56,17 +56,15 @@ def printed(row):
 @torch.no_grad()
 def test_the_table_of_shapes_is_what_one_image_becomes():
     classes = tuple({"id": k, "name": str(k)} for k in range(80))
-    teacher = models.build(models.ModelConfig("teacher", classes)).to("meta")
-    student = models.build(models.ModelConfig("low", classes)).to("meta")
+    teacher, student = (models.build(models.ModelConfig(kind, classes)).to("meta") for kind in ("teacher", "low"))
     assert teacher.padded_size((800, 1333)) == (832, 1344)
     high = torch.empty(1, 3, 832, 1344, device="meta")
     low = align.downsample(high)
     shape = lambda tensors: [tuple(t.shape[1:]) for t in tensors]
 
+    (pyramids, outputs), (lows, low_outputs) = teacher(high), student(low)
     assert printed("image") == [shape([high]), shape([low])]
     assert printed("C2 to C5") == [shape(teacher.backbone(high)), shape(student.backbone(low))]
-    pyramids, outputs = teacher(high)
-    lows, low_outputs = student(low)
     assert printed("maps")[0] == shape(pyramids["high"]) == shape(pyramids["low"]) == shape(lows["low"])
     assert printed("fused")[0] == shape(pyramids["fused"])
     weights = [teacher.fusion.weights(h, l) for h, l in zip(pyramids["high"], pyramids["low"])]
@@ -135,6 +133,8 @@ def test_commands_run_and_print_what_is_shown_or_are_marked_as_not_run(tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "TRAIN", 6)
     monkeypatch.setattr(shapes, "VAL", 3)
+    program = torch.export.export(torch.nn.Identity(), (torch.zeros(1),))
+    monkeypatch.setattr(export, "trace", lambda _: program)  # the model's own takes long, and has its tests
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (90, 60)).save(tmp_path / "photos" / "one.png")
     outputs, not_run = {}, []
@@ -174,17 +174,28 @@ def test_python_examples_run(tmp_path, monkeypatch, uninterrupted):
     assert [set(detections) for detections in found["detections"]] == [{"boxes", "scores", "labels"}]
 
 
-def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_path):
-    """A stand-in for Python writes down how it is called, and a log."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@" >> calls\nmkdir -p "$3"\necho \'{"done": 7, "AP": 0.1}\' > "$3/log.jsonl"\n')
-    python.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+@pytest.fixture
+def called(tmp_path):
+    """A function that runs a script of .github with a stand-in for Python, which does `lines` -> the job and its calls."""
+
+    def run(lines, script, *arguments):
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\necho "$@" >> calls\n{lines}\n')
+        python.chmod(0o755)
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = [ROOT / ".github" / script, *arguments]
+        job = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return job, (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(called):
     for _ in range(2):  # the second time everything is there already
-        for command in (COMPARISON, f"{PHOTOS} --width 0.5"):
-            script, *arguments = command.split()
-            subprocess.run([ROOT / script, *arguments], cwd=tmp_path, env=environment, check=True)
-    calls = (tmp_path / "calls").read_text().splitlines()
+        for arguments in ("fcos 0", "fcos 0 photos --width 0.5"):
+            log = 'mkdir -p "$3"; echo \'{"done": 7, "AP": 0.1}\' > "$3/log.jsonl"'
+            job, calls = called(log, "comparison.sh", *arguments.split())
+            assert job.returncode == 0, job.stderr
     assert len(calls) == len(set(calls)) == 13 + 6
     trained = [call for call in calls if "--head fcos --data photos --width 0.5" in call]
     assert {Path(call.split()[2]).name for call in trained} == {"teacher", "conventional", "low-alone"}
@@ -194,3 +205,17 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(tmp_pat
         settings.settle(typed, script.OWN, 100, torch.device("cpu"))
         assert resumed and typed["seed"] == 0 and Path(typed["out"]).parent.name in ("shapes-fcos-0", "photos-fcos-0")
         assert typed.get("iters") == (14 if Path(typed["out"]).name in ("conventional", "low-alone") else None)
+
+
+def test_the_script_for_a_gpu_makes_calls_that_the_scripts_understand(called, tmp_path):
+    """The last call of all fails."""
+    answers = 'case "$*" in *get_device*) echo 2;; *coco*) exit 3;; esac'
+    job, calls = called(answers, "cuda.sh", "/data/coco")
+    report = (tmp_path / "cuda-report.txt").read_text()
+    assert job.returncode == 1 and "\n1 failed, " in report and report in job.stdout
+    paths, flags = zip(*((Path(path), flags) for path, *flags in map(shlex.split, calls) if path.startswith("/")))
+    assert [path.name for path in paths] == ["benchmark.py", "train.py", "distill.py", "evaluate.py", "train.py"]
+    assert all(path.is_relative_to(ROOT) and path.exists() for path in paths)
+    for path, own in list(zip(paths, flags))[1:]:
+        parse(shlex.join([path.name, *own]))
+    assert flags[-1][flags[-1].index("--accumulate") + 1] == "2" and "runs/cuda/teacher/last.pt" in flags[2]
