@@ -49,5 +49,14 @@ def uninterrupted(tmp_path_factory):
     return home
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    from scripts import Process
+
+    yield
+    while Process.running:
+        Process.running.pop().kill()
+
+
 def pytest_report_header():
     return "all tests take about ten minutes on one core; .ci/run runs them in two processes"

@@ -2,14 +2,12 @@
 
 import contextlib
 import io
-import json
 import os
-import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import distill
@@ -29,7 +27,8 @@ TINY = (
     "--recipe small --short-sides 64 96 --test-side 64 --long-side 128 --fpn-channels 32 --head-channels 64 "
     "--head-convs 1"
 ).split() + SHORT
-LONG = [*TINY, "--iters", "20", "--save-every", "4", "--eval-every", "13"]
+LENGTH = 12
+LONG = [*TINY, "--iters", f"{LENGTH}", "--save-every", "4", "--eval-every", "7"]
 
 
 def call(script, *flags):
@@ -60,58 +59,73 @@ def complaint(script, *flags):
     return complained
 
 
-def start(name, *flags, cwd):
-    """Start a script in a process of its own."""
-    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Process:
+    """A script in a fork of this process, which is there at once, where a new process needs seconds to import torch.
 
-
-def wait_for_lines(process, log, count):
-    """Wait until a running script has written so many lines of its log."""
-    while process.poll() is None:
-        if log.exists() and log.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"the process ended early: {process.communicate()}")
-
-
-def fork(script, *flags, report=os.devnull, largest_file=resource.RLIM_INFINITY):
-    """Run a script in a fork of this process -> its process id, which is that of a process group too.
-
-    A fork is there at once, where a new process needs seconds to import torch. It leaves what `call` gives in the file
-    `report`, as JSON. No file can grow beyond `largest_file` bytes in it: to the script that is a full disk.
+    It leads a group with its workers, and what it writes goes to the file `output` in a folder. `change` is called in it
+    before the script.
     """
-    process = os.fork()
-    if process:
-        return process
-    code = 99
-    try:
-        os.setsid()
-        tqdm.set_lock(threading.RLock())  # its own is shared by forks: killed with it, one would lock all others
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
-        outcome = call(script, *flags)
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        Path(report).write_text(json.dumps(outcome))
-        code = outcome[0]
-    finally:
-        os._exit(code)
 
+    running = []
 
-def wait(process, happened):
-    """Until something happened, or the fork ended."""
-    while not happened() and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.0005)
+    def __init__(self, folder, script, *flags, change=lambda: None, **environment):
+        self.output = Path(folder) / "output"
+        self.output.touch()
+        self.code = None
+        self.id = os.fork()
+        if self.id == 0:
+            self.work(script, flags, change, environment)
+        Process.running.append(self)
 
+    def work(self, script, flags, change, environment):
+        code = 99
+        try:
+            os.setsid()
+            tqdm.set_lock(threading.RLock())  # its own is shared by forks: killed with it, one would lock all others
+            file = os.open(self.output, os.O_WRONLY | os.O_APPEND)
+            for number in (1, 2):
+                os.dup2(file, number)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            os.environ.update(environment)
+            sys.argv = [f"{script.__name__}.py", *map(str, flags)]
+            change()
+            processes.run_script(script.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
-def kill(process):
-    """Kill a fork and its workers, which would notice only some seconds later -> its exit code, 0 if it had ended."""
-    os.kill(process, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)
-    assert code in (0, -signal.SIGKILL)
-    return code
+    def has_ended(self):
+        if self.code is None:
+            found, status = os.waitpid(self.id, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if found else None
+        return self.code is not None
+
+    def wait_until(self, happened):
+        """Until something happened; an error if the process ends before, or hangs."""
+        limit = time.monotonic() + 120
+        while not happened():
+            assert not self.has_ended() or happened(), (self.code, self.output.read_text())
+            assert time.monotonic() < limit, f"it hangs: {self.output.read_text()}"
+            time.sleep(0.001)
+
+    def end(self):
+        """Its exit code and the lines it wrote, once it has ended."""
+        self.wait_until(self.has_ended)
+        return self.code, self.output.read_text().splitlines()
+
+    def kill(self):
+        """End it and its workers, which would notice only some seconds later -> its exit code, 0 if it had ended."""
+        if not self.has_ended():
+            os.kill(self.id, signal.SIGKILL)
+        self.end()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.id, signal.SIGKILL)
+        return self.code
 
 
 def runs(home):
@@ -119,12 +133,12 @@ def runs(home):
     data = ["--data", home / "data"]
     return {
         "trained": (train, [*LONG, *data, "--res", "low"]),
-        "distilled": (distill, [*LONG, *data, "--kd-ramp", "20", "--teacher", home / "teacher" / "last.pt"]),
+        "distilled": (distill, [*LONG, *data, "--kd-ramp", "9", "--teacher", home / "teacher" / "last.pt"]),
     }
 
 
 def assert_same_run(one, other):
-    """Weights, optimizer, counters and log of two folders are equal to the bit, after all 20 iterations."""
+    """Weights, optimizer, counters and log of two folders are equal to the bit, after all iterations."""
     first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
 
     def same(a, b):
@@ -136,7 +150,7 @@ def assert_same_run(one, other):
         return a == b
 
     for content in (first, second):
-        assert content["training"]["done"] == 20
+        assert content["training"]["done"] == LENGTH
         del content["training"]["settings"]  # --out and --workers may differ
     assert same(first, second)
     assert (one / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()

@@ -40,7 +40,7 @@ def error_of(data, split="train"):
     return message
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_packed_arrays_equal_a_plain_reading(tmp_path, seed):
     content = random_content(seed)
     write(tmp_path, content)
@@ -64,34 +64,24 @@ def test_crowd_flags_are_read_however_they_are_written(tmp_path, written, crowd)
     assert (annotations.read(tmp_path, "train").crowd == crowd).all()
 
 
-def test_names_may_be_foreign_no_utf_8_or_in_subfolders(tmp_path):
+def test_names_may_be_foreign_no_utf_8_in_subfolders_or_links(tmp_path):
     """A byte that is no UTF-8 (of an old archive) stands in JSON as half a pair of surrogates, as Python writes it."""
     content = random_content(0)
-    names = ["été/雪 1.png", "a b.png", "sub/x/ü.png", "bille\udce9.png", "'q\".png", "sub\udce9/plain.png"]
+    names = ["été/雪 1.png", "./a b.png", "linked/x/ü.png", "linked.png", "'q\".png", "sub\udce9/bille\udce9.png"]
     for image, name in zip(content["images"], names):
         image["file_name"] = name
-    write(tmp_path, content)
-    read = annotations.read(tmp_path, "train")
-    assert [read.path(i) for i in range(6)] == [tmp_path / "train" / name for name in names]
-    assert all(read.path(i).is_file() for i in range(6)) and b"bille\xe9.png" in os.listdir(bytes(tmp_path / "train"))
-
-
-def test_linked_folders_and_files_are_read_from_where_their_names_lead(tmp_path):
-    content = random_content(0)
-    names = ["linked/a.png", "linked/deep/b.png", "linked.png", "c.png", "./d.png", "sub/e.png"]
-    for image, name in zip(content["images"], names):
-        image["file_name"] = name
-    elsewhere = tmp_path / "elsewhere"
-    for name in ("pictures/a.png", "pictures/deep/b.png", "one.png"):
-        (elsewhere / name).parent.mkdir(parents=True, exist_ok=True)
-        (elsewhere / name).write_text(name)
-    (tmp_path / "data" / "train").mkdir(parents=True)
-    (tmp_path / "data" / "train" / "linked").symlink_to(elsewhere / "pictures")
-    (tmp_path / "data" / "train" / "linked.png").symlink_to(elsewhere / "one.png")
+    folder, elsewhere = tmp_path / "data" / "train", tmp_path / "elsewhere"
+    (elsewhere / "x").mkdir(parents=True)
+    (elsewhere / "x" / "ü.png").write_text("behind a folder")
+    (elsewhere / "one.png").write_text("behind a file")
+    folder.mkdir(parents=True)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "linked.png").symlink_to(elsewhere / "one.png")
     write(tmp_path / "data", content)
     read = annotations.read(tmp_path / "data", "train")
-    contents = [read.path(i).read_text() for i in range(6)]
-    assert contents == ["pictures/a.png", "pictures/deep/b.png", "one.png", "", "", ""]
+    assert [read.path(i) for i in range(6)] == [folder / name for name in names]
+    assert [read.path(i).read_text() for i in range(6)] == ["", "", "behind a folder", "behind a file", "", ""]
+    assert b"bille\xe9.png" in os.listdir(bytes(folder) + b"/sub\xe9")
 
 
 @pytest.mark.parametrize("name", ["val", "valid"])
@@ -119,66 +109,60 @@ def test_suffix_of_the_file_names_the_folder(tmp_path):
     assert f"{tmp_path / 'train'}: cannot be read (No such file or directory)" in error_of(tmp_path)
 
 
-@pytest.mark.parametrize("first", [2**53 + 1, 2**63 - 3, 2**64 + 1, -(2**60) - 1])
-def test_ids_are_whole_numbers_of_any_size(tmp_path, first):
-    content = random_content(6)
-    images = {image["id"]: first + n for n, image in enumerate(content["images"])}  # neighbours, alike as floats
-    classes = {c["id"]: first + 5 * n for n, c in enumerate(content["categories"])}
+@pytest.mark.parametrize("first, kind", [
+    (2**53 + 1, int), (2**64 + 1, int), (-(2**60) - 1, int), (17, float), (2**55, float),
+])  # fmt: skip
+def test_ids_are_whole_numbers_of_any_size_or_written_with_a_point(tmp_path, first, kind):
+    content, step = random_content(6), 1 if kind is int else 2**10  # neighbours, alike as floats
+    images = {image["id"]: first + step * n for n, image in enumerate(content["images"])}
+    classes = {c["id"]: first + 5 * step * n for n, c in enumerate(content["categories"])}
     for entry in content["images"]:
-        entry["id"] = images[entry["id"]]
+        entry["id"] = kind(images[entry["id"]])
     for entry in content["categories"]:
-        entry["id"] = classes[entry["id"]]
-    for entry in content["annotations"]:
-        entry |= {"image_id": images[entry["image_id"]], "category_id": classes[entry["category_id"]]}
+        entry["id"] = kind(classes[entry["id"]])
+    for number, entry in enumerate(content["annotations"]):
+        kinds = (int, kind) if number % 2 else (kind, int)
+        entry["image_id"] = kinds[0](images[entry["image_id"]])
+        entry["category_id"] = kinds[1](classes[entry["category_id"]])
     write(tmp_path, content)
     read = annotations.read(tmp_path, "train")
     assert packed(read) == plainly(content) and read.skipped == {}
-    assert [c["id"] for c in read.classes] == [first, first + 5, first + 10]
-
-
-@pytest.mark.parametrize("factor", [1, 2**55])
-def test_a_whole_number_may_be_written_with_a_point(tmp_path, factor):
-    content = random_content(6)
-    expected = {number * factor: boxes for number, boxes in plainly(content).items()}
-    for entry in content["images"] + content["categories"]:
-        entry["id"] = float(entry["id"] * factor)
-    for number, entry in enumerate(content["annotations"]):
-        kind = (int, float)[number % 2]
-        entry |= {key: kind(entry[key] * factor) for key in ("image_id", "category_id")}
-    write(tmp_path, content)
-    assert packed(annotations.read(tmp_path, "train")) == expected
+    assert [c["id"] for c in read.classes] == sorted(classes.values())
 
 
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"bbox": [5, 5, 0, 7]}, "boxes without area"),
-        ({"bbox": [5, 5, 7, -3]}, "boxes without area"),
-        ({"bbox": [NAN, 5, 7, 3]}, "boxes not finite"),
-        ({"bbox": [5, 5, INF, 3]}, "boxes not finite"),
-        ({"bbox": [5, -INF, 4, 3]}, "boxes not finite"),
-        ({"bbox": [5, 5, 1e300, 3]}, "boxes not finite"),
-        ({"bbox": [500, 5, 7, 3]}, "boxes outside their image"),
-        ({"bbox": [5, 500, 7, 3]}, "boxes outside their image"),
-        ({"bbox": [-7, 5, 7, 3]}, "boxes outside their image"),
-        ({"bbox": [5, -3, 7, 3]}, "boxes outside their image"),
-        ({"image_id": 12345}, "of unknown images"),
-        ({"category_id": 4}, "of unknown categories"),
-        ({"category_id": 91, "image_id": -1, "bbox": [NAN, 0, 0, 0]}, "of unknown images"),
-    ],
-)
-def test_an_unusable_annotation_is_left_out_and_counted(tmp_path, change, reason):
+UNUSABLE = [  # the fault each of these entries counts under: its first
+    ({"bbox": [5, 5, 0, 7]}, "boxes without area"),
+    ({"bbox": [5, 5, 7, -3]}, "boxes without area"),
+    ({"bbox": [NAN, 5, 7, 3]}, "boxes not finite"),
+    ({"bbox": [5, -INF, 4, 3]}, "boxes not finite"),
+    ({"bbox": [5, 5, 1e300, 3]}, "boxes not finite"),
+    ({"bbox": [500, 5, 7, 3]}, "boxes outside their image"),
+    ({"bbox": [5, 500, 7, 3]}, "boxes outside their image"),
+    ({"bbox": [-7, 5, 7, 3]}, "boxes outside their image"),
+    ({"bbox": [5, -3, 7, 3]}, "boxes outside their image"),
+    ({"image_id": 12345}, "of unknown images"),
+    ({"category_id": 4}, "of unknown categories"),
+    ({"category_id": 91, "image_id": -1, "bbox": [NAN, 0, 0, 0]}, "of unknown images"),
+]
+
+
+def test_an_unusable_annotation_is_left_out_and_counted(tmp_path):
     content = random_content(1)
-    rest = copy.deepcopy(content)
-    content["annotations"][4].update(change)
-    del rest["annotations"][4]
-    write(tmp_path, content)
+    good = content["annotations"][4]
+    for number, (change, reason) in enumerate(UNUSABLE):
+        write(tmp_path, content | {"annotations": [*content["annotations"][:number], good | change, *content["annotations"][number:]]})
+        read = annotations.read(tmp_path, "train")
+        assert read.skipped == {reason: 1} and packed(read) == plainly(content), change
+    content["annotations"] += 3 * content["annotations"]
+    write(tmp_path, content | {"annotations": [*content["annotations"], *(good | change for change, _ in UNUSABLE)]})
     read = annotations.read(tmp_path, "train")
-    assert read.skipped == {reason: 1} and read.summary().endswith(f"left out: 1 {reason}")
-    assert packed(read) == plainly(rest)
+    assert packed(read) == plainly(content) and read.summary().split("; ")[1] == (
+        "left out: 3 boxes not finite, 4 boxes outside their image, 2 boxes without area, 1 of unknown categories, "
+        "2 of unknown images"
+    )
 
 
 def test_a_box_partly_outside_is_kept_as_annotated(tmp_path):
@@ -189,28 +173,19 @@ def test_a_box_partly_outside_is_kept_as_annotated(tmp_path):
     assert read.skipped == {} and packed(read) == plainly(content)
 
 
-@pytest.mark.parametrize("area", [NAN, None, "absent", -1, INF, 0, 1.0, 0.39, 1e12, 60 * 40 * 1.02])
-def test_an_area_that_cannot_be_is_the_box_s(tmp_path, area):
+@pytest.mark.parametrize("area", [NAN, None, "absent", -1, INF, 0, 0.39, 1e12, 60 * 40 * 1.02])
+def test_an_area_that_cannot_be_is_the_box_s_and_any_other_is_believed(tmp_path, area):
     content = random_content(1, sides=(100, 120))
-    chosen = content["annotations"][7]
-    chosen.update(area=area, bbox=[10, 8, 60, 40])
+    for a, possible in zip(content["annotations"], (2410, 2400, 1000, 40, 3, area)):
+        a.update(area=possible, bbox=[10, 8, 60, 40])
     if area == "absent":
-        del chosen["area"]
+        del content["annotations"][5]["area"]
     write(tmp_path, content)
-    chosen["area"] = 60 * 40
+    content["annotations"][5]["area"] = 60 * 40
     read = annotations.read(tmp_path, "train")
     assert packed(read) == plainly(content)
     told = "; 1 areas cannot be their boxes': width times height stands for them" in read.summary()
-    assert told == (area not in (None, "absent") and area == area), "what is missing is no fault"
-
-
-def test_an_area_that_can_be_is_believed(tmp_path):
-    content = random_content(1, sides=(100, 120))
-    for a, area in zip(content["annotations"], (2410, 2400, 1000, 40, 3)):
-        a.update(area=area, bbox=[10, 8, 60, 40])
-    write(tmp_path, content)
-    read = annotations.read(tmp_path, "train")
-    assert packed(read) == plainly(content) and read.wrong_areas == 0
+    assert told == read.wrong_areas == (area not in (None, "absent") and area == area), "what is missing is no fault"
 
 
 def test_boxes_that_are_there_twice_are_counted(tmp_path):
@@ -241,31 +216,22 @@ BROKEN = {
     "endless nesting": (lambda content: b"[" * 200_000, "not valid JSON"),
     "a list": (lambda content: b"[1, 2]", "top level"),
     "no images key": (lambda content: content.pop("images"), "no list 'images'"),
-    "no annotations key": (lambda content: content.pop("annotations"), "no list 'annotations'"),
     "no images": (lambda content: content["images"].clear(), "has no images"),
-    "no categories": (lambda content: content["categories"].clear(), "has no categories"),
     "id is null": (set_in("images", 0, id=None), "images[0]: field 'id' is None, must be a whole number"),
-    "no width": (lambda content: content["images"][3].pop("width"), "images[3]: field 'width' is None, must be"),
     "zero height": (set_in("images", 2, height=0), "images[2]: field 'height' is 0, must be a number of pixels"),
     "an entry is a text": (lambda content: content["images"].insert(2, "x"), "images[2]: field 'id' is None"),
     "name is a number": (set_in("images", 1, file_name=7), "images[1]: field 'file_name' is 7, must be a text"),
-    "half a category": (set_in("categories", 1, id=1.7), "categories[1]: field 'id' is 1.7, must be a whole"),
     "a class without a name": (lambda content: content["categories"][0].pop("name"), "categories[0]: field 'name'"),
-    "half an id": (set_in("annotations", 9, image_id=1.5), "annotations[9]: field 'image_id' is 1.5, must be"),
     "an id as text": (set_in("annotations", 9, category_id="3"), "annotations[9]: field 'category_id' is '3', must"),
     "no bbox": (lambda content: content["annotations"][9].pop("bbox"), "annotations[9]: field 'bbox' is None"),
     "three numbers": (set_in("annotations", 9, bbox=[1, 2, 3]), "annotations[9]: field 'bbox' is [1, 2, 3], must be"),
-    "five numbers": (set_in("annotations", 9, bbox=[1, 2, 3, 4, 5]), "field 'bbox' is [1, 2, 3, 4, 5], must be a list"),
+    "a thousand numbers": (set_in("annotations", 9, bbox=[1] * 1000), "annotations[9]: field 'bbox' is [1, 1, 1"),
     "a decimal comma": (set_in("annotations", 9, bbox=["1,5", 1, 2, 3]), "annotations[9]: field 'bbox' is ['1,5', 1,"),
     "box as text": (set_in("annotations", 9, bbox="1 2 3 4"), "annotations[9]: field 'bbox' is '1 2 3 4', must be"),
-    "corners as pairs": (set_in("annotations", 9, bbox=[[1, 2], [3, 4]]), "annotations[9]: field 'bbox' is [[1, 2], ["),
     "a number too large": (set_in("annotations", 9, bbox=[1, 2, 3, 10**400]), "annotations[9]: field 'bbox' is [1, 2"),
-    "area as a list": (set_in("annotations", 9, area=[400]), "annotations[9]: field 'area' is [400], must be a number"),
     "area as text": (set_in("annotations", 9, area="400"), "annotations[9]: field 'area' is '400', must be a number"),
     "crowd in words": (set_in("annotations", 9, iscrowd="false"), "annotations[9]: field 'iscrowd' is 'false', must"),
     "crowd is a count": (set_in("annotations", 9, iscrowd=2), "annotations[9]: field 'iscrowd' is 2, must be 0 or 1"),
-    "crowd is a list": (set_in("annotations", 9, iscrowd=[]), "annotations[9]: field 'iscrowd' is [], must be 0 or 1"),
-    "a very long box": (set_in("annotations", 9, bbox=[1] * 1000), "annotations[9]: field 'bbox' is [1, 1, 1"),
     "outside": (set_in("images", 1, file_name="../annotations/instances_train.json"), "points outside"),
     "absolute": (set_in("images", 1, file_name="/etc/hostname"), "points outside"),
 }
@@ -283,39 +249,19 @@ def test_a_file_that_cannot_be_trusted_is_refused_by_name(tmp_path, case):
     assert len(message) < len(str(annotation_path(tmp_path))) + 160
 
 
-def test_ids_must_differ(tmp_path):
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_ids_must_differ(tmp_path, key):
     content = random_content(2)
-    content["images"][4]["id"] = content["images"][1]["id"]
+    content[key][0]["id"] = content[key][1]["id"]
     write(tmp_path, content)
-    assert f"id {content['images'][1]['id']} stands for two of images" in error_of(tmp_path)
-    content = random_content(2)
-    content["categories"][0]["id"] = 3
-    write(tmp_path, content)
-    assert "id 3 stands for two of categories" in error_of(tmp_path)
+    assert f"id {content[key][1]['id']} stands for two of {key}" in error_of(tmp_path)
 
 
-def test_boxes_of_three_and_five_numbers_do_not_make_up_for_each_other(tmp_path):
-    content = random_content(2)
-    content["annotations"][3]["bbox"] = [1, 2, 3]
-    content["annotations"][4]["bbox"] = [1, 2, 3, 4, 5]
-    write(tmp_path, content)
-    assert "annotations[3]: field 'bbox' is [1, 2, 3]" in error_of(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name, there",
-    [
-        ("000001", "000001.jpg"),  # the ending is missing
-        ("IMG_1.JPG", "IMG_1.jpg"),
-        ("a.jpg", "a.png"),
-        ("train2017/a.png", "a.png"),
-        ("cut \ud83d.png", "nothing"),  # half an emoji, which no file name can have
-        ("x" * 300, "nothing"),
-        ("a\0b.png", "nothing"),
-        ("", "a.png"),
-        (".", "a.png"),
-    ],
-)
+@pytest.mark.parametrize("name, there", [
+    ("000001", "000001.jpg"), ("IMG_1.JPG", "IMG_1.jpg"), ("train2017/a.png", "a.png"), ("", "a.png"), (".", "a.png"),
+    ("cut \ud83d.png", "nothing"),  # half an emoji, which no file name can have
+    ("x" * 300, "nothing"), ("a\0b.png", "nothing"),
+])  # fmt: skip
 def test_a_missing_image_is_named_and_counted_with_what_is_there(tmp_path, name, there):
     content = random_content(3, images=3)
     for image, other in zip(content["images"], (name, name + "2", there)):
@@ -327,17 +273,13 @@ def test_a_missing_image_is_named_and_counted_with_what_is_there(tmp_path, name,
     assert expected in error_of(tmp_path)
 
 
-def test_half_an_emoji_in_the_name_of_a_class_becomes_text(tmp_path):
+def test_a_file_in_utf_16_is_read_and_half_an_emoji_in_the_name_of_a_class_becomes_text(tmp_path):
     content = random_content(3)
     content["categories"][0]["name"] = "cut \ud83d"
     write(tmp_path, content)
-    assert annotations.read(tmp_path, "train").classes[1] == {"id": 17, "name": "cut \\ud83d"}
-
-
-def test_a_file_in_utf_16_is_read(tmp_path):
-    write(tmp_path, random_content(3))
-    annotation_path(tmp_path).write_text(json.dumps(random_content(3)), "utf-16")
-    assert packed(annotations.read(tmp_path, "train")) == plainly(random_content(3))
+    annotation_path(tmp_path).write_text(json.dumps(content), "utf-16")
+    read = annotations.read(tmp_path, "train")
+    assert packed(read) == plainly(content) and read.classes[1] == {"id": 17, "name": "cut \\ud83d"}
 
 
 def test_more_classes_than_16_bits_can_count(tmp_path):
@@ -353,20 +295,16 @@ def categories(*names):
     return [{"id": 3 + k, "name": name} for k, name in enumerate(names) if name]
 
 
-@pytest.mark.parametrize(
-    "train, val, fits",
-    [
-        (categories("cat", "dog", "owl"), categories("cat", "dog", "owl"), True),
-        (categories("cat", "dog", "owl"), categories(None, "dog", "owl"), True),
-        (categories("cat", "dog", "owl"), categories(None, "dog", "owl", "no box has it"), True),
-        (categories("cat", "dog", "owl"), categories("no box has it", "dog", "owl"), True),
-        (categories("cat", "dog", "owl"), categories("cat", "owl", "dog"), False),
-        (categories("cat", "dog", "owl"), categories("dog", "owl"), False),
-        (categories("cat", "dog"), categories("cat", "dog", "owl"), False),
-    ],
-)
+@pytest.mark.parametrize("train, val, fits", [
+    (("cat", "dog", "owl"), ("cat", "dog", "owl"), True),
+    (("cat", "dog", "owl"), (None, "dog", "owl", "no box has it"), True),
+    (("cat", "dog", "owl"), ("no box has it", "dog", "owl"), True),
+    (("cat", "dog", "owl"), ("cat", "owl", "dog"), False),
+    (("cat", "dog", "owl"), ("dog", "owl"), False),
+    (("cat", "dog"), ("cat", "dog", "owl"), False),
+])  # fmt: skip
 def test_a_split_s_labels_are_the_training_split_s_where_its_boxes_have_these_classes(tmp_path, train, val, fits):
-    content = random_content(3)
+    train, val, content = categories(*train), categories(*val), random_content(3)
     for a in content["annotations"]:
         a["category_id"] = [c["id"] for c in val if c["name"] in ("dog", "owl")][a["id"] % 2]
     named = {c["id"]: c["name"] for c in val}

@@ -1,36 +1,39 @@
 """Two processes of torchrun do what one does alone: gradients, evaluation, both training scripts, stopping; and one of
-them killed.
+two fails, or is killed.
 
-One torchrun starts this file as a script for all the tests but the last; its processes write what they found into a
-folder.
+One torchrun starts this file as a script for most of the tests; its processes write what they found into a folder.
 """
 
 import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import distill
+import evaluate
 import pytest
 import torch
 import train
 from folders import draw_rectangles
 from helpers import randomize, tiny_config, tiny_model
-from scripts import LONG, ROOT, TINY, assert_same_run, wait_for_lines
+from scripts import LENGTH, LONG, ROOT, TINY, Process, assert_same_run, complaint
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from msad import distillation, models
 from msad.data import annotations
-from msad.engine import checkpoint, evaluation, processes, settings
 from msad.data.dataset import CocoDataset
-from msad.engine.run import train_loader
 from msad.data.errors import InputError
-from msad.fusion import LOSS_WEIGHTS
+from msad.engine import checkpoint, evaluation, processes, settings
+from msad.engine.files import open_locked
 from msad.engine.optimizer import build_optimizer
+from msad.engine.run import train_loader
+from msad.fusion import LOSS_WEIGHTS
 
 SHORT = [*TINY, "--iters", "2"]
 # Images of one size, so that no part is padded: GroupNorm would see it.
@@ -77,8 +80,7 @@ def weighted(losses):
     return sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
 
 
-CASES = [("teacher", "fcos", counts) for counts in COUNTS]
-CASES += [("teacher", "retinanet", "unequal"), ("low", "fcos", "unequal")]
+CASES = [("teacher", "fcos", "one side"), ("teacher", "retinanet", "unequal"), ("low", "fcos", "unequal")]
 
 
 def evaluated(data):
@@ -154,26 +156,16 @@ def work(folder):
     low = [*TINY, *data, "--res", "low", "--batch", 4]
     found["outcomes"] = {
         "teacher": outcome(train, *SHORT, *data, "--out", folder / "teacher"),
-        "conventional": outcome(train, *SHORT, *data, "--out", folder / "conventional", "--no-align"),
         "student": outcome(distill, *SHORT, *data, "--out", folder / "student", *teacher),
         "too small": outcome(train, *SHORT, *data, "--out", folder / "none", "--batch", 1),
         "not finite": outcome_of_an_accident(spoil, *low, "--out", folder / "spoilt"),
-        "stopped": outcome_of_an_accident(interrupt, *low, "--out", folder / "stopped"),
-        "local norms": outcome(train, *SHORT, *data, "--out", folder / "local", "--norm", "local"),
+        "stopped": outcome_of_an_accident(interrupt, *low, "--norm", "local", "--out", folder / "stopped"),
         "uneven parts": outcome(train, *SHORT, *data, "--out", folder / "none", "--batch", 6, "--accumulate", 2),
     }
     torch.save(first_step(*PARTS, "--data", folder / "square", "--out", folder / "parts"), folder / f"parts{rank}.pt")
     (folder / f"found{rank}.json").write_text(json.dumps(found))
     outcome(train, *LONG, *data, "--res", "low", "--batch", 4, "--out", folder / "whole")
     torch.distributed.destroy_process_group()
-
-
-def torchrun(script, *arguments, cwd):
-    """Start a script in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(cwd)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +175,11 @@ def two(tmp_path_factory):
     draw_rectangles(folder / "data", {"train": 8, "val": 5}, sides=(49, 90))
     draw_rectangles(folder / "one", {"val": 1}, sides=(49, 90))
     draw_rectangles(folder / "square", {"train": 8, "val": 1}, sides=(64, 64))
-    job = torchrun(__file__, folder, cwd=folder)
-    printed, complained = job.communicate()
-    assert job.returncode == 0, complained[:1500]
-    (folder / "printed").write_text(printed)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    job = subprocess.run([*torchrun, __file__, str(folder)], cwd=folder, env=environment, capture_output=True, text=True)
+    assert job.returncode == 0, job.stderr[:1500]
+    (folder / "printed").write_text(job.stdout)
     return folder
 
 
@@ -220,7 +213,7 @@ def test_evaluation_by_two_processes_equals_that_by_one(two, data, images):
         assert found[data] == json.loads(json.dumps(alone))
 
 
-@pytest.mark.parametrize("name, kind", [("teacher", "teacher"), ("conventional", "conventional"), ("student", "low")])
+@pytest.mark.parametrize("name, kind", [("teacher", "teacher"), ("student", "low")])
 def test_scripts_run_under_torchrun_and_write_once(two, name, kind):
     content = checkpoint.read(two / name / "last.pt")
     assert content["config"].kind == kind and content["training"]["done"] == 2
@@ -240,8 +233,9 @@ def outcomes(two, name):
     return [found["outcomes"][name] for found in found_by(two)]
 
 
-def test_a_finished_run_gives_no_code_and_a_batch_must_not_be_smaller_than_the_processes(two):
-    assert [outcomes(two, name) for name in ("teacher", "conventional", "student")] == 3 * [[None, None]]
+def test_a_finished_run_gives_no_code_and_a_batch_must_fit_the_processes(two):
+    assert [outcomes(two, name) for name in ("teacher", "student")] == 2 * [[None, None]]
+    assert outcomes(two, "uneven parts") == 2 * ["--accumulate 2: must divide --batch 6 over 2 process(es)"]
     assert outcomes(two, "too small") == 2 * ["--batch 1 is smaller than the number of processes, 2"]
     assert not (two / "none").exists()
 
@@ -253,6 +247,7 @@ def test_what_is_not_finite_in_one_process_stops_both_with_the_same_line(two):
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_iteration(two):
+    """Each with its own statistics of BatchNorm."""
     assert outcomes(two, "stopped") == [130, 130]
     assert checkpoint.read(two / "stopped" / "last.pt")["training"]["done"] == 2
     command = f"python train.py --resume --out {two}/stopped"
@@ -281,38 +276,74 @@ def test_two_processes_that_take_a_batch_in_parts_have_the_mean_of_their_joint_p
         assert (one - parameter.grad).abs().max() <= 1e-3 * parameter.grad.abs().max()
 
 
-def test_norms_of_each_process_s_own_and_parts_that_do_not_divide_a_batch(two):
-    assert outcomes(two, "local norms") == [None, None]
-    assert checkpoint.read(two / "local" / "last.pt")["training"]["settings"]["norm"] == "local"
-    assert outcomes(two, "uneven parts") == 2 * ["--accumulate 2: must divide --batch 6 over 2 process(es)"]
+# One of two fails. These are forks, which are there at once.
 
 
-def test_a_killed_process_ends_the_job_and_the_run_resumes_to_the_same_bits(two, tmp_path):
-    out = tmp_path / "killed"
-    flags = [*LONG, "--data", two / "data", "--res", "low", "--batch", 4, "--out", out]
-    job = torchrun(ROOT / "train.py", *flags, cwd=tmp_path)
-    wait_for_lines(job, out / "log.jsonl", 9)
-    first, second = workers_of(job)
-    os.kill(second, signal.SIGKILL)
-    _, complained = job.communicate(timeout=120)  # instead of hanging
-    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in complained
-    assert not Path(f"/proc/{first}").exists()
-    assert 8 <= checkpoint.read(out / "last.pt")["training"]["done"] < 20
+def pair(folder, *flags, change=lambda: None):
+    """train.py in two processes, each in a fork, as if torchrun had started them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    folders = [folder / "0", folder / "1"]
+    for each in folders:
+        each.mkdir(parents=True)
+    return [Process(each, train, *flags, change=change, RANK=each.name, **environment) for each in folders]
 
-    job = torchrun(ROOT / "train.py", "--resume", "--out", out, cwd=tmp_path)
-    printed, complained = job.communicate()
-    assert job.returncode == 0 and "2 process(es)" in printed, complained
+
+def assert_left_alone(process):
+    """It ended with a line that points to the other process."""
+    code, lines = process.end()
+    assert code == 2 and lines[-1].startswith("error: another process of this run has ended, and says why"), lines
+    assert not any("Traceback" in line for line in lines)
+
+
+def wait_for_the_others():
+    """What closing a group of processes may do: NCCL's waits for all of them."""
+    time.sleep(10_000)
+
+
+@pytest.mark.parametrize("failing, fault", [(0, "a picture"), (1, "a picture"), (0, "the folder")])
+def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, failing, fault):
+    data, out = draw_rectangles(tmp_path / "data", {"train": 4, "val": 4}, sides=(64, 64)), tmp_path / "out"
+    if fault == "a picture":
+        path = data / "val" / f"{2 * failing}.png"  # each process has two of the four
+        path.write_bytes(path.read_bytes()[:-300])
+        expected = f"error: {path}: not readable as an image"
+    else:
+        out.mkdir()
+        log = open_locked(out / "log.jsonl")  # as another run does
+        expected = f"error: {out}: in use by another run; choose another --out"
+
+    def change():
+        torch.distributed.destroy_process_group = wait_for_the_others
+
+    both = pair(tmp_path, *TINY, "--data", data, "--res", "low", "--batch", 4, "--out", out, change=change)
+    code, lines = both[failing].end()
+    assert code == 2 and lines[-1].startswith(expected), lines
+    assert_left_alone(both[1 - failing])
+    if fault == "a picture":
+        assert checkpoint.read(out / "last.pt")["training"]["done"] == 2, "saved before the evaluation"
+    else:
+        log.close()
+
+
+def test_a_killed_process_ends_the_other_and_the_run_resumes_to_the_same_bits(two, tmp_path):
+    out = tmp_path / "out"
+    both = pair(tmp_path / "first", *LONG, "--data", two / "data", "--res", "low", "--batch", 4, "--out", out)
+    both[0].wait_until(lambda: (out / "last.pt").exists())
+    both[1].kill()
+    assert_left_alone(both[0])  # instead of hanging
+    assert 4 <= checkpoint.read(out / "last.pt")["training"]["done"] < LENGTH
+    both = pair(tmp_path / "second", "--resume", "--out", out)
+    assert [process.end()[0] for process in both] == [0, 0]
     assert_same_run(out, two / "whole")
 
 
-def workers_of(job):
-    """The process ids of torchrun's two, in the order of their ranks."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    ranks = {}
-    for child in children:
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks |= {int(entry[5:]): int(child) for entry in environment if entry.startswith(b"RANK=")}
-    return ranks[0], ranks[1]
+def test_rank_without_the_rest_of_torchrun_s_environment_is_one_line(two, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    line = complaint(evaluate, "--ckpt", two / "whole" / "last.pt")
+    assert line.startswith("error: RANK is set: but the other processes cannot be joined (") and "WORLD_SIZE" in line
 
 
 if __name__ == "__main__":

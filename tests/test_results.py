@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from folders import draw_rectangles
-from scripts import ROOT
+from scripts import LENGTH, ROOT
 
 from msad.data import annotations
 from msad.engine import evaluation
@@ -65,7 +65,7 @@ def test_finished_runs_become_numbers_and_these_tables(uninterrupted, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["collect.py", str(tmp_path), "abc", "a machine"])
     collect.main()
     one, two = map(json.loads, capsys.readouterr().out.splitlines())
-    assert one == two | {"seed": 0} and two["row"] == "student" and two["iterations"] == 20
+    assert one == two | {"seed": 0} and two["row"] == "student" and two["iterations"] == LENGTH
     assert len(two["resampled"]) == 200
 
     ap = {"student": (0.5, 0.6, 0.7), "student-alone": (0.4, 0.45, 0.5)}

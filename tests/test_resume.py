@@ -1,57 +1,95 @@
-"""Stopped, killed, crashed while saving, a full disk, damage: a resumed run ends with the same bits as one that never
-stopped, or says in one line why it cannot go on."""
+"""Stopped, killed at any moment, crashed while saving, a full disk, damage: a resumed run ends with the same bits as one
+that never stopped, or says in one line why it cannot go on."""
 
-import json
 import os
+import random
+import resource
 import shutil
 import signal
+import time
 
 import distill
 import pytest
 import torch
 import train
-from scripts import TINY, assert_same_run, call, complaint, fork, kill, runs, start, succeed, wait, wait_for_lines
+from scripts import LENGTH, TINY, Process, assert_same_run, call, complaint, runs, succeed
 
 from msad.engine import checkpoint
 
-NAMES = ("trained", "distilled")
+
+def done(out):
+    return checkpoint.read(out / "last.pt")["training"]["done"] if (out / "last.pt").exists() else 0
 
 
 def lines(out):
-    return (out / "log.jsonl").read_bytes().count(b"\n")
+    return (out / "log.jsonl").read_bytes().count(b"\n") if (out / "log.jsonl").exists() else 0
 
 
 @pytest.mark.parametrize("name, number", [("trained", signal.SIGTERM), ("distilled", signal.SIGINT)])
 def test_stopped_then_killed_then_resumed_equals_uninterrupted(uninterrupted, tmp_path, name, number):
     script, flags = runs(uninterrupted)[name]
     out = tmp_path / "out"
-    process = start(script.__name__, *flags, "--out", out, cwd=tmp_path)
-    wait_for_lines(process, out / "log.jsonl", 3)
-    process.send_signal(number)
-    printed, complained = process.communicate()
-    done = checkpoint.read(out / "last.pt")["training"]["done"]
-    assert process.returncode == 130 and complained == "\nstopping after this iteration, then saving ...\n"
-    assert 3 <= done < 20
-    assert printed.splitlines()[-1] == (
-        f"stopped after {done} iterations; go on with: python {script.__name__}.py --resume --out {out}"
-    )
+    process = Process(tmp_path, script, *flags, "--resume", "--out", out)
+    process.wait_until(lambda: lines(out) >= 3)
+    os.kill(process.id, number)
+    code, printed = process.end()
+    assert code == 130 and f"{out} holds no checkpoint yet: starting from the beginning" in printed
+    assert 3 <= done(out) < LENGTH and "stopping after this iteration, then saving ..." in printed
+    command = f"python {script.__name__}.py --resume --out {out}"
+    assert printed[-1] == f"stopped after {done(out)} iterations; go on with: {command}"
 
     written = lines(out)
-    process = fork(script, "--resume", "--out", out)
-    wait(process, lambda: lines(out) >= written + 6)
-    assert kill(process) != 0 and checkpoint.read(out / "last.pt")["training"]["done"] < 20
+    process = Process(tmp_path, script, "--resume", "--out", out)
+    process.wait_until(lambda: lines(out) >= written + 3)
+    assert process.kill() == -signal.SIGKILL and done(out) < LENGTH
 
     (out / "last.pt.tmp").write_bytes(b"half a checkpoint")
-    done = checkpoint.read(out / "last.pt")["training"]["done"]
+    before = done(out)
     printed = succeed(script, "--resume", "--out", out, "--workers", 1).splitlines()
-    at = printed.index(f"resumed   after {done} of 20 iterations")
-    assert printed[at + 1].startswith(f"{done + 1}/20 loss ")
+    at = printed.index(f"resumed   after {before} of {LENGTH} iterations")
+    assert printed[at + 1].startswith(f"{before + 1}/{LENGTH} loss ")
+    assert_same_run(out, uninterrupted / name)
+
+    printed = succeed(script, "--resume", "--out", out)  # which is finished: nothing changes
+    assert_same_run(out, uninterrupted / name)
+    assert ("student @ low" if name == "distilled" else "low @ low") in printed
+
+
+def wait_for_a_random_moment(process, out, rng):
+    """While the run starts, or soon after it saved; often in the middle of saving."""
+    path = out / "last.pt"
+    stamp = lambda: path.stat().st_mtime_ns if path.exists() else 0
+    before = stamp()
+    if rng.random() < 0.3:
+        time.sleep(rng.uniform(0, 0.6))
+    else:
+        process.wait_until(lambda: stamp() != before or process.has_ended())
+        time.sleep(rng.uniform(0, 0.2))
+    if rng.random() < 0.4:
+        process.wait_until(lambda: (out / "last.pt.tmp").exists() or process.has_ended())
+
+
+@pytest.mark.parametrize("name, workers", [("trained", 2), ("distilled", 0)])
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(uninterrupted, tmp_path, name, workers):
+    script, flags = runs(uninterrupted)[name]
+    out, rng = tmp_path / "out", random.Random(f"{name} {workers}")
+    flags += ["--workers", workers, "--out", out, "--resume", "--save-every"]
+    places = []
+    while len(places) < 3:
+        process = Process(tmp_path, script, *flags, rng.choice((1, 1, 3)))
+        wait_for_a_random_moment(process, out, rng)
+        if process.kill() == -signal.SIGKILL:
+            places.append(done(out))
+        else:  # it was faster than that: once more, from the beginning
+            assert_same_run(out, uninterrupted / name)
+            shutil.rmtree(out)
+    assert len(set(places)) > 1, places
+    succeed(script, *flags, 4)
     assert_same_run(out, uninterrupted / name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_crash_while_saving_costs_nothing_but_the_iterations_since(uninterrupted, tmp_path, name, monkeypatch):
-    script, flags = runs(uninterrupted)[name]
+def test_a_crash_while_saving_costs_nothing_but_the_iterations_since(uninterrupted, tmp_path, monkeypatch):
+    script, flags = runs(uninterrupted)["trained"]
     replace, replaced = os.replace, []
 
     def crash(source, target):
@@ -62,100 +100,69 @@ def test_a_crash_while_saving_costs_nothing_but_the_iterations_since(uninterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
-        assert call(script, *flags, "--out", tmp_path / "out")[0] == "crashed with the temporary file written"
-    assert checkpoint.read(tmp_path / "out" / "last.pt")["training"]["done"] == 12 and lines(tmp_path / "out") > 12
-    with open(tmp_path / "out" / "log.jsonl", "ab") as log:  # what a disk may hold after the power failed
+        assert call(script, *flags, "--out", tmp_path)[0] == "crashed with the temporary file written"
+    assert done(tmp_path) == 8 and lines(tmp_path) > 8
+    with open(tmp_path / "log.jsonl", "ab") as log:  # what a disk may hold after the power failed
         log.write(bytes(50_000))
-    succeed(script, "--resume", "--out", tmp_path / "out")
-    assert_same_run(tmp_path / "out", uninterrupted / name)
+    succeed(script, "--resume", "--out", tmp_path)
+    assert_same_run(tmp_path, uninterrupted / "trained")
 
 
-def test_resuming_a_finished_run_changes_nothing(uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted / "distilled", tmp_path / "out")
-    printed = succeed(distill, "--resume", "--out", tmp_path / "out")
-    assert_same_run(tmp_path / "out", uninterrupted / "distilled")
-    assert "student @ low" in printed
+# A full disk, and a log that is not there: `--resume` goes on.
 
 
-def test_resuming_from_nothing_starts_from_the_beginning(uninterrupted, tmp_path):
-    script, flags = runs(uninterrupted)["trained"]
-    printed = succeed(script, *flags, "--out", tmp_path / "out", "--resume")
-    assert f"{tmp_path}/out holds no checkpoint yet: starting from the beginning" in printed
-    assert_same_run(tmp_path / "out", uninterrupted / "trained")
-
-
-# A full disk: one line, and `--resume` goes on once there is room.
-
-
-@pytest.fixture(params=NAMES)
-def killed(request, uninterrupted, tmp_path):
-    """A run that was killed: the script, its folder, and the folder of the same run uninterrupted."""
-    script, flags = runs(uninterrupted)[request.param]
-    process = fork(script, *flags, "--out", tmp_path / "out", "--save-every", 1)
-    wait(process, (tmp_path / "out" / "last.pt").exists)
-    assert kill(process) != 0
-    return script, tmp_path / "out", uninterrupted / request.param
-
-
-def complaint_of_a_full_disk(script, *flags, largest_file, report):
-    """The one line of a run, with exit code 2, that no file lets grow beyond a number of bytes."""
-    process = fork(script, *flags, largest_file=largest_file, report=report)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 2
-    _, _, complained = json.loads(report.read_text())
-    assert complained.count("\n") == 1 and "Traceback" not in complained, complained
-    return complained
+@pytest.fixture
+def killed(uninterrupted, tmp_path):
+    """The folder of a run of distill.py that was killed, and how much of its log its checkpoint counts on."""
+    script, flags = runs(uninterrupted)["distilled"]
+    process = Process(tmp_path, script, *flags, "--out", tmp_path / "out", "--save-every", 1)
+    process.wait_until((tmp_path / "out" / "last.pt").exists)
+    assert process.kill() == -signal.SIGKILL
+    return tmp_path / "out", checkpoint.read(tmp_path / "out" / "last.pt")["training"]["log"]
 
 
 @pytest.mark.parametrize("name", ["last.pt", "log.jsonl"])
-def test_a_full_disk_costs_nothing_but_the_iterations_since(killed, tmp_path, name):
-    script, out, whole = killed
+def test_a_full_disk_costs_nothing_but_the_iterations_since(killed, uninterrupted, name):
+    out, logged = killed
     files, before = sorted(os.listdir(out)), (out / "last.pt").read_bytes()
-    logged = checkpoint.read(out / "last.pt")["training"]["log"]
-    limit = {"last.pt": len(before) // 2, "log.jsonl": logged + 10}[name]
-    line = complaint_of_a_full_disk(script, "--resume", "--out", out, largest_file=limit, report=tmp_path / "report")
+    whole = (uninterrupted / "distilled" / "log.jsonl").read_bytes()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = {"last.pt": len(before) // 2, "log.jsonl": logged + 10}[name]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, unlimited[1]))  # of any file
+    try:
+        line = complaint(distill, "--resume", "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert line.startswith(f"error: {out / name}: cannot be written (")
     assert (out / "last.pt").read_bytes() == before and sorted(os.listdir(out)) == files
-    assert (out / "log.jsonl").read_bytes()[:logged] == (whole / "log.jsonl").read_bytes()[:logged]
-    succeed(script, "--resume", "--out", out)
-    assert_same_run(out, whole)
+    assert (out / "log.jsonl").read_bytes()[:logged] == whole[:logged]
+    succeed(distill, "--resume", "--out", out)
+    assert_same_run(out, uninterrupted / "distilled")
 
 
-@pytest.mark.parametrize("killed", ["distilled"], indirect=True)
-def test_a_log_that_was_lost_does_not_keep_a_run_from_going_on(killed):
-    script, out, whole = killed
-    logged = checkpoint.read(out / "last.pt")["training"]["log"]
+def test_a_log_that_was_lost_does_not_keep_a_run_from_going_on(killed, uninterrupted):
+    out, logged = killed
     (out / "log.jsonl").unlink()
-    succeed(script, "--resume", "--out", out)
-    assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()[logged:]
+    succeed(distill, "--resume", "--out", out)
+    assert (out / "log.jsonl").read_bytes() == (uninterrupted / "distilled" / "log.jsonl").read_bytes()[logged:]
 
 
 def test_a_log_that_cannot_be_opened_is_named(uninterrupted, tmp_path):
-    (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
-    line = complaint(train, *TINY, "--data", uninterrupted / "data", "--out", tmp_path / "out", "--resume")
-    assert f"{tmp_path / 'out' / 'log.jsonl'}: cannot be written" in line
+    (tmp_path / "log.jsonl").mkdir()
+    line = complaint(train, *TINY, "--data", uninterrupted / "data", "--out", tmp_path)
+    assert f"{tmp_path / 'log.jsonl'}: cannot be written" in line
 
 
 # What cannot be gone on with is refused, and nothing is changed.
 
 
-@pytest.mark.parametrize("flags", ["--res high", "--iters 31", "--seed 5", "--short-sides 64", "--lr 1", "--no-align"])
+@pytest.mark.parametrize("flags", ["--res high", "--iters 31", "--short-sides 64", "--lr 1", "--no-align"])
 def test_resuming_with_other_settings_names_them(uninterrupted, flags):
-    before = (uninterrupted / "trained" / "log.jsonl").read_bytes()
-    line = complaint(train, "--resume", "--out", uninterrupted / "trained", *flags.split())
     path = uninterrupted / "trained" / "last.pt"
+    before = path.with_name("log.jsonl").read_bytes()
+    line = complaint(train, "--resume", "--out", path.parent, *flags.split())
     assert flags.split()[0] in line and f"or start from its weights: --weights {path} and a new --out" in line
-    assert (uninterrupted / "trained" / "log.jsonl").read_bytes() == before
-
-
-def test_resuming_with_another_teacher_is_refused(uninterrupted, tmp_path):
-    path = shutil.copytree(uninterrupted / "distilled", tmp_path / "out") / "last.pt"
-    content = torch.load(path, weights_only=True)
-    teacher = torch.load(content["training"]["settings"]["teacher"], weights_only=True)
-    teacher["model"]["backbone.layer1.0.conv1.weight"][0, 0, 0, 0] += 1e-3
-    torch.save(teacher, tmp_path / "teacher.pt")
-    content["training"]["settings"]["teacher"] = str(tmp_path / "teacher.pt")
-    torch.save(content, path)
-    assert f"{tmp_path}/teacher.pt: is not the teacher" in complaint(distill, "--resume", "--out", path.parent)
+    assert path.with_name("log.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("script, name", [(train, "distilled"), (distill, "trained")])
@@ -175,8 +182,8 @@ def test_a_model_without_a_run_cannot_be_resumed(uninterrupted, tmp_path):
     assert f"{path}: holds a model only" in complaint(train, "--resume", "--out", tmp_path)
 
 
-@pytest.mark.parametrize("damage", [b"", b"hello", None])
-def test_resuming_from_a_damaged_file(uninterrupted, tmp_path, damage):
-    path = shutil.copytree(uninterrupted / "distilled", tmp_path / "out") / "last.pt"
-    path.write_bytes(path.read_bytes()[:-5000] if damage is None else damage)
-    assert str(path) in complaint(distill, "--resume", "--out", path.parent)
+def test_resuming_from_a_damaged_file(uninterrupted, tmp_path):
+    whole = (uninterrupted / "distilled" / "last.pt").read_bytes()
+    for content in (b"", b"hello", whole[:-5000]):
+        (tmp_path / "last.pt").write_bytes(content)
+        assert f"{tmp_path}/last.pt: refused" in complaint(distill, "--resume", "--out", tmp_path)
