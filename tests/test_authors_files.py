@@ -12,7 +12,7 @@ from authors_files import Network, authors_input, empty_state, random_state
 from helpers import tiny_model
 from scripts import complaint, succeed
 
-from msad import InputError, align
+from msad import InputError, ModelConfig, align
 from msad.engine import authors, checkpoint, settings
 from msad.engine.weights import load_weights
 
@@ -43,13 +43,15 @@ def assert_close(ours, theirs):
 
 def assert_branch_agrees(pyramid, outputs, maps, network):
     """Our five maps and predictions of a branch, against `maps` and what the authors' network predicts from them."""
-    for ours, theirs in zip(pyramid, maps, strict=True):
-        assert_close(ours, theirs)
     predictions = network.predict(maps)
     cells = [x.shape[-2] * x.shape[-1] for x in maps]
-    for name, channels in (("logits", 80), ("distances", 4), ("centerness", 1)):
-        for ours, theirs in zip(outputs[name].split(cells, dim=1), predictions[name], strict=True):
-            assert_close(ours.reshape(len(ours), -1, channels), theirs.flatten(2).transpose(1, 2))
+    pairs = list(zip(pyramid, maps, strict=True))
+    for name in ("logits", "distances", "centerness"):
+        flat = [theirs.flatten(2).transpose(1, 2) for theirs in predictions[name]]
+        parts = outputs[name].split(cells, dim=1)
+        pairs += [(ours.reshape(theirs.shape), theirs) for ours, theirs in zip(parts, flat, strict=True)]
+    for ours, theirs in pairs:
+        assert_close(ours, theirs)
 
 
 @torch.inference_mode()
@@ -147,10 +149,9 @@ def test_files_are_converted_whatever_is_around_them(kind, layout, width, conver
     content = {"model": state, "iteration": 89999, "optimizer": {"state": {}, "param_groups": [{"lr": 0.01}]}}
     content = state if layout == "bare" else content
     config = convert(content, _use_new_zipfile_serialization=layout != "old").config
-    assert config.kind == {"teacher": "teacher", "student": "low"}[kind]
-    assert (config.backbone, config.width, config.head, config.fpn_channels) == ("resnet50", width, "fcos", 256)
-    assert (config.head_convs, config.head_channels, config.object_scale) == (4, 256, 1.0)
-    assert (config.pad, config.downsample, config.short_side, config.long_side) == (256, "nearest", 800, 1333)
+    kind = {"teacher": "teacher", "student": "low"}[kind]
+    assert config == ModelConfig(kind, config.classes, width=width, pad=256, downsample="nearest")
+    assert (config.backbone, config.head, config.short_side, config.long_side) == ("resnet50", "fcos", 800, 1333)
     ids = {c["id"]: c["name"] for c in config.classes}
     assert list(ids) == sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
     assert [ids[i] for i in (1, 3, 13, 44, 90)] == ["person", "car", "stop sign", "bottle", "toothbrush"]

@@ -55,16 +55,11 @@ def same_detections(found, expected):
 @pytest.mark.parametrize("kind, branch", KINDS_AND_BRANCHES)
 def test_boxes_come_back_in_each_images_own_pixels(kind, branch):
     images = [torch.rand(3, 200, 300), torch.rand(3, 128, 192), torch.rand(3, 101, 203), torch.rand(3, 60, 40)]
-    found = plant(kind, branch).detect(images, branch)
-    # H is 128x192, 128x192, 127x256 (the long side is the limit; a low model reads 64x128 of 128x256) and 192x128.
-    rows = 101 / (128 if kind == "low" else 127)
-    expected = [
-        [16 * 300 / 192, 32 * 200 / 128, 96 * 300 / 192, 64 * 200 / 128],
-        [16, 32, 96, 64],
-        [16 * 203 / 256, 32 * rows, 96 * 203 / 256, 64 * rows],
-        [16 * 40 / 128, 32 * 60 / 192, 96 * 40 / 128, 64 * 60 / 192],
-    ]
-    for detections, box in zip(found, expected, strict=True):
+    # Their heights and widths in H; of 127 rows (the long side is the limit) a low model reads 64.
+    sizes = [(128, 192), (128, 192), (128 if kind == "low" else 127, 256), (192, 128)]
+    for image, size, detections in zip(images, sizes, plant(kind, branch).detect(images, branch), strict=True):
+        rows, columns = (side / network for side, network in zip(image.shape[1:], size))
+        box = [16 * columns, 32 * rows, 96 * columns, 64 * rows]
         assert detections["boxes"].tolist() == [pytest.approx(box, abs=1e-3)]
         assert detections["scores"].tolist() == [0.75] and detections["labels"].tolist() == [1]
 
@@ -277,10 +272,9 @@ def test_results_are_the_caller_s_to_change():
 
 
 def test_a_folded_model_detects_and_is_not_saved(tmp_path):
-    model = tiny_model("teacher")
-    folded, path = model.folded(), tmp_path / "model.pt"
-    expected, found = model.detect(SMALL)[0], folded.detect(SMALL)[0]
-    torch.testing.assert_close(found["scores"][:10], expected["scores"][:10], rtol=1e-3, atol=1e-4)
+    model, path = tiny_model("teacher"), tmp_path / "model.pt"
+    folded, expected = model.folded(), model.detect(SMALL)[0]
+    torch.testing.assert_close(folded.detect(SMALL)[0]["scores"][:10], expected["scores"][:10], rtol=1e-3, atol=1e-4)
     checkpoint.save(path, model)
     before = path.read_bytes()
     for other in (folded, copy.deepcopy(folded)):

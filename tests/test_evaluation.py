@@ -264,14 +264,13 @@ def test_evaluate_reports_the_cost_of_every_branch(home):
 # Results: tried before the work, written before a word is said, and nothing that is read is written to.
 
 
-@pytest.mark.parametrize("flag", ["--json", "--detections", "--export"])
-def test_a_place_that_cannot_be_written_is_told_before_the_work(home, monkeypatch, flag):
-    monkeypatch.setattr(evaluation, "evaluate", None)  # is never called
-    monkeypatch.setattr(export, "trace", None)
-    data = [] if flag == "--export" else ["--data", home]
+@pytest.mark.parametrize("place", ["none/x.pt2", "folder.pt2"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(home, monkeypatch, place):
+    for work in ((evaluation, "evaluate"), (export, "trace")):
+        monkeypatch.setattr(*work, None)  # is never called
     (home / "folder.pt2").mkdir()
-    for place in ("none/x.pt2", "folder.pt2"):
-        line = complaint(evaluate, "--ckpt", home / "model.pt", "--device", "cpu", *data, flag, home / place)
+    for ask in (["--data", home, "--json"], ["--data", home, "--detections"], ["--export"]):
+        line = complaint(evaluate, "--ckpt", home / "model.pt", "--device", "cpu", *ask, home / place)
         assert line.startswith(f"error: {home}/{place}: cannot be written")
 
 
