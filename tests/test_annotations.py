@@ -369,6 +369,9 @@ WRONG_UNITS = {
     "fractions a little outside": (lambda x, y, X, Y, w, h: (x / w - 0.01, y / h, X / w - x / w, 0.3), SMALL + "1"),
     "percentages": (lambda x, y, X, Y, w, h: (100 * x / w, 100 * y / h, 99 - 99 * x / w, 99 - 99 * y / h), SMALL + "100"),
     "thousandths": (lambda x, y, X, Y, w, h: (1000 * x / w, 1000 * y / h, 1000 - 999 * x / w, 900), LEAVE),
+    "thousandths of large images": (lambda x, y, X, Y, w, h: (x * 5, y * 5, 999 - x * 5, 999 - y * 5), "0 and 1000"),
+    "thousandths, corners": (lambda x, y, X, Y, w, h: (0, y, 1000 * X / w, 1000 - 99 * y / h), "0 and 1000"),
+    "thousandths, corners, y first": (lambda x, y, X, Y, w, h: (y, 0, 1000 - 99 * y / h, 1000 * X / w), "0 and 1000"),
     "corners": (lambda x, y, X, Y, w, h: (x, y, X, Y), LEAVE),
     "corners, y first": (lambda x, y, X, Y, w, h: (y, x, Y, X), LEAVE),
     "corners in two of three images": (lambda *b: b[:4] if b[-1] % 3 else plain(*b), LEAVE),
@@ -388,6 +391,9 @@ WRONG_UNITS = {
 def test_boxes_in_other_units_are_refused_with_their_number_and_an_example(tmp_path, case, seed):
     convert, words = WRONG_UNITS[case]
     content = boxes_written(convert, seed=seed)
+    if "1000" in words:
+        for image in content["images"]:
+            image.update(width=10 * image["width"], height=10 * image["height"])
     write(tmp_path, content)
     message = error_of(tmp_path)
     assert f"{annotation_path(tmp_path)}: " in message and words in message

@@ -143,7 +143,10 @@ def test_pictures_to_draw_are_spread_over_those_with_boxes(tmp_path):
 
 def test_the_truth_is_what_is_annotated_without_crowds(tmp_path):
     content = random_content(1)
-    write(tmp_path, content)
+    wide, high = (content["images"][0][side] for side in ("width", "height"))
+    larger = {"image_id": content["images"][0]["id"], "category_id": 3, "bbox": [-9, -9, wide + 20, high + 20]}
+    write(tmp_path, content | {"annotations": [*content["annotations"], larger]})
+    content["annotations"].append(larger | {"bbox": [0, 0, wide, high], "iscrowd": 0})  # cut off, as in training
     read, ids = annotations.read(tmp_path, "train"), [3, 17, 90]
     for index, image in enumerate(content["images"]):
         rows = [a for a in content["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]

@@ -139,7 +139,7 @@ def load_json(path):
         data = path.read_bytes()
     if data.startswith(LFS_POINTER):
         raise InputError(f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull")
-    with input_errors(path, "not valid JSON" if data else "is empty", "restore the file", (ValueError, RecursionError)):
+    with input_errors(path, "not valid JSON" if data else "is empty", "restore it, in UTF-8", (ValueError, RecursionError)):
         content = json.loads(data)
     if not isinstance(content, dict):
         raise InputError(f"{path}: not in COCO format (the top level must be an object)")
@@ -265,11 +265,16 @@ def check_units(xywh, width, height, path):
     fractions = (np.abs(xywh) <= 1).all(1)
     leaving = (right > 1.02 * width + 2) | (lower > 1.02 * height + 2) | (w < 0) | (h < 0)
     leaving |= (x < -0.02 * width - 2) | (y < -0.02 * height - 2)
-    edges = right.max(initial=0), lower.max(initial=0)
-    hundred = count >= 20 and min(width.min(), height.min()) >= 200 and 90 < min(edges) <= max(edges) <= 100.5
+    # In large images many boxes that come close to 100 (or 1000) both ways, and never pass it, are shares of the sides;
+    # so are corners, whose last two numbers are never below the first two.
+    corners = (w >= x).all() and (h >= y).all()
+    edges = [far.max(initial=0) for far in ((w, h) if corners else (right, lower))]
+    side = min(width.min(), height.min()) if count >= 20 else 0
+    shares = lambda top: np.full(count, side >= 2 * top and 0.9 * top < min(edges) <= max(edges) <= 1.005 * top)
     for wrong, least, how in (
         (fractions, (count + 1) / 2, "lie between 0 and 1"),
-        (np.full(count, hundred), 1, "lie between 0 and 100"),
+        (shares(100), 1, "lie between 0 and 100"),
+        (shares(1000), 1, "lie between 0 and 1000"),
         (leaving, max(3, count / 5), "leave their image or have negative sides"),
     ):
         if wrong.sum() >= least:

@@ -40,9 +40,10 @@ def detect_all(image, columns, autocast):
 
 
 def truth(annotations, index):
-    """The annotated objects of an image, as detections without scores; crowd boxes are left out."""
+    """The annotated objects of an image, as detections without scores, cut off at its border as in training; crowd
+    boxes are left out."""
     boxes, labels = annotations.objects(index)
-    return {"boxes": boxes, "labels": labels}
+    return {"boxes": boxes.clip(0, np.tile(annotations.sizes[index][::-1], 2)), "labels": labels}
 
 
 def spread_indices(annotations, count):
