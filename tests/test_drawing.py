@@ -53,32 +53,25 @@ def picture_of(panel, height=SIDE):
     return np.asarray(panel)[panel.height - height :].astype(int)
 
 
-@pytest.mark.parametrize("label", [0, 1, 2])
-def test_a_box_lands_where_it_was_put_in_the_colour_of_its_class(label):
-    pixels = picture_of(panel(found([8, 20, 32, 40], labels=[label])))
-    assert pixels.shape == (512, 384, 3)
-    # The box is 64 to 256 by 160 to 320, both ends included; its line is two pixels wide, its name within.
-    color = drawing.color(label)
-    y, x = np.nonzero((pixels == color).all(2))
-    assert (x.min(), x.max(), y.min(), y.max()) == (64, 256, 160, 320)
-    border = np.concatenate([pixels[160:321, [64, 65, 255, 256]].ravel(), pixels[[160, 161, 319, 320], 64:257].ravel()])
-    assert (border.reshape(-1, 3) == color).all()
-    outside = np.ones((512, 384), bool)
-    outside[160:321, 64:257] = False
-    assert (pixels[outside] == 128).all() and (pixels[200:319, 66:255] == 128).all()
-
-
-@pytest.mark.parametrize("height, width", [(1000, 700), (300, 600), (1, 50), (50, 1), (1, 1)])
-def test_boxes_are_scaled_with_their_picture(height, width):
-    image = torch.full((3, height, width), 128, dtype=torch.uint8)
-    box = [width / 4, height / 4, width / 2, height / 2]
-    scale = 512 / max(height, width)
-    rows, columns = (max(1, round(side * scale)) for side in (height, width))
-    pixels = picture_of(panel(found(box), "", image=image, classes=[{"id": 1, "name": ""}]), rows)
+@pytest.mark.parametrize(
+    "height, width, label", [(64, 48, 0), (64, 48, 1), (1000, 700, 2), (300, 600, 0), (1, 50, 0), (50, 1, 0), (1, 1, 0)]
+)
+def test_a_box_lands_where_it_was_put_in_the_colour_of_its_class(height, width, label):
+    """At whatever size its picture is drawn; its line is two pixels wide."""
+    image, box = torch.full((3, height, width), 128, dtype=torch.uint8), [width / 4, height / 4, width / 2, height / 2]
+    rows, columns = (max(1, round(side * SIDE / max(height, width))) for side in (height, width))
+    pixels = picture_of(panel(found(box, labels=[label]), "", image=image, classes=3 * [{"id": 1, "name": ""}]), rows)
     assert pixels.shape == (rows, columns, 3)
-    y, x = np.nonzero((pixels == drawing.color(0)).all(2))
-    assert (x.min(), y.min()) == (columns // 4, rows // 4)
-    assert 0 <= x.max() - columns // 2 <= 2 and 0 <= y.max() - rows // 2 <= 2
+    y, x = (pixels == drawing.color(label)).all(2).nonzero()
+    top, left, bottom, right = rows // 4, columns // 4, y.max() + 1, x.max() + 1
+    assert (x.min(), y.min()) == (left, top)
+    assert 0 < bottom - rows // 2 <= 3 and 0 < right - columns // 2 <= 3
+    if min(height, width) > 1:
+        box = pixels[top:bottom, left:right]
+        assert (box[[0, 1, -2, -1]] == drawing.color(label)).all() and (box[2:-2, -20:-2] == 128).all()
+        assert (box[:, [0, 1, -2, -1]] == drawing.color(label)).all()
+    pixels[top:bottom, left:right] = 128
+    assert (pixels == 128).all()
 
 
 def test_names_and_scores_are_written_and_what_is_below_the_threshold_is_not(written):

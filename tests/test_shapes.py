@@ -1,5 +1,6 @@
 """The drawn data set: the same bytes from the same seed, tight boxes, and something for each level but the coarsest."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -60,41 +61,26 @@ def test_the_folder_is_in_coco_layout_and_holds_what_was_drawn(tmp_path, few):
             np.testing.assert_allclose(truth.areas[rows], areas, rtol=0.01)
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path, few):
-    (tmp_path / "shapes").mkdir()
-    shapes.prepare(tmp_path / "shapes")
-    assert list((tmp_path / "shapes").iterdir()) == []
+@pytest.mark.parametrize("accident", [KeyboardInterrupt, OSError, None])
+def test_a_set_is_there_as_a_whole_or_not_at_all_and_then_left_alone(tmp_path, few, monkeypatch, accident):
+    draw_split, folder = shapes.draw_split, tmp_path / "shapes"
 
-
-def test_of_two_runs_that_draw_at_once_the_slower_one_uses_what_is_there(tmp_path, few, monkeypatch):
-    draw_split = shapes.draw_split
-
-    def overtaken(folder, split, count, seed):
-        draw_split(folder, split, count, seed)
-        if split == "val":
-            shutil.copytree(folder, tmp_path / "shapes")
-
-    monkeypatch.setattr(shapes, "draw_split", overtaken)
-    assert shapes.prepare(tmp_path / "shapes") == tmp_path / "shapes"
-    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
-
-
-@pytest.mark.parametrize("accident", [KeyboardInterrupt, OSError])
-def test_an_interrupted_draw_leaves_nothing(tmp_path, few, monkeypatch, accident):
-    draw_split = shapes.draw_split
-
-    def stop_at_val(folder, split, count, seed):
-        draw_split(folder, split, count, seed)
-        if split == "val":
+    def disturbed(unfinished, split, count, seed):
+        draw_split(unfinished, split, count, seed)
+        if split == "val" and accident:
             raise accident
+        if split == "val":
+            shutil.copytree(unfinished, folder)  # another run is faster
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shapes, "draw_split", stop_at_val)
-        with pytest.raises(accident):
-            shapes.prepare(tmp_path / "shapes")
-    assert list(tmp_path.iterdir()) == []
-    shapes.prepare(tmp_path / "shapes")
-    assert len(contents(tmp_path / "shapes")) == 7
+    monkeypatch.setattr(shapes, "draw_split", disturbed)
+    with pytest.raises(accident) if accident else contextlib.nullcontext():
+        assert shapes.prepare(folder) == folder
+    assert list(tmp_path.iterdir()) == ([] if accident else [folder])
+    monkeypatch.setattr(shapes, "draw_split", draw_split)
+    drawn = contents(shapes.prepare(folder))
+    assert len(drawn) == 7 and contents(shapes.prepare(folder, seed=1)) == drawn
+    (tmp_path / "empty").mkdir()
+    assert contents(shapes.prepare(tmp_path / "empty")) == {}
 
 
 def test_boxes_are_tight_around_the_pixels_painted(monkeypatch):
