@@ -11,13 +11,13 @@ from msad.models import build
 CLASSES = ({"id": 3, "name": "disk"}, {"id": 7, "name": "star"}, {"id": 20, "name": "frame"})
 
 
-def tiny_config(kind, **changes):
+def tiny_config(kind, classes=CLASSES, **changes):
     """A ModelConfig with the narrowest backbone, pyramid and head, tested at 128 pixels."""
     values = {
         "backbone": "resnet18", "width": 0.25, "fpn_channels": 32, "head_channels": 64, "head_convs": 1,
         "object_scale": 0.25, "short_side": 128, "long_side": 256,
     }  # fmt: skip
-    return ModelConfig(kind, CLASSES, **values | changes)
+    return ModelConfig(kind, classes, **values | changes)
 
 
 def tiny_model(kind, seed=0, **changes):

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import distill
@@ -92,7 +91,7 @@ def test_a_step_waits_only_where_it_reads_its_numbers(device, data, tmp_path, mo
     """PyTorch makes an error of any other wait in the second and third step."""
     calls, flags = [], ["--iters", 5, "--precision", precision, "--data", data, "--out", tmp_path / "out"]
     if script is distill:
-        config = replace(tiny_config("teacher", head=head), classes=annotations.read(data, "train").classes)
+        config = tiny_config("teacher", annotations.read(data, "train").classes, head=head)
         checkpoint.save(tmp_path / "teacher.pt", models.build(config))
         monkeypatch.setattr(distill, "evaluate_all", lambda *_: {})
         flags += ["--teacher", tmp_path / "teacher.pt", "--kd-loss", "pkd"]

@@ -8,7 +8,6 @@ whose shapes depend on values.
 """
 
 import contextlib
-from dataclasses import replace
 
 import distill
 import numpy as np
@@ -25,11 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from msad import align, distillation, images, models
 from msad.data import annotations
-from msad.engine import checkpoint, optimizer, processes, run
+from msad.engine import checkpoint, evaluation, optimizer, processes, run
 from msad.data.dataset import Batch
 
 CUDA = torch.device("cuda:0")
-METRICS = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"), 0.5)
 HEADS = ("fcos", "retinanet")
 
 
@@ -103,7 +101,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     draw_rectangles(folder / "data", {"train": 4, "val": 2})
     for head in HEADS:
-        config = replace(tiny_config("teacher", head=head), classes=annotations.read(folder / "data", "train").classes)
+        config = tiny_config("teacher", annotations.read(folder / "data", "train").classes, head=head)
         checkpoint.save(folder / f"{head}.pt", models.build(config))
     return folder
 
@@ -114,7 +112,6 @@ def steps(script, patch, out, *flags):
 
     def settle(*arguments):
         settings = settled(*arguments)
-        settings.precision = "bf16"
         starts.append(stack.enter_context(fake_cuda(patch)))
         return settings
 
@@ -143,7 +140,7 @@ def steps(script, patch, out, *flags):
             return original(*teacher)
 
     original, settled, end_iteration = distillation.freeze, script.settle, run.Run.end_iteration
-    fake_results = lambda *_: {branch: METRICS for branch in ("fused", "high", "low")}
+    fake_results = lambda *_: dict.fromkeys(("fused", "high", "low"), dict.fromkeys(evaluation.METRICS, 0.5))
     patch.setattr(processes, "init_device", lambda name: CUDA)
     patch.setattr(script, "settle", settle)
     patch.setattr(script, "train_loader", loader)
@@ -158,12 +155,13 @@ def steps(script, patch, out, *flags):
         patch.setattr(script, "evaluate_all", fake_results)
         patch.setattr(distillation, "freeze", freeze)
     with stack:
-        code, _, complained = call(script, *TINY, "--iters", 3, "--optimizer", "sgd", *flags, "--out", out)
+        code, _, complained = call(script, *TINY, *SHORTER, *flags, "--out", out)
     assert code == run.INTERRUPTED, complained
     assert len(reads) == 2, "one read a step"
     return starts[0].copies
 
 
+SHORTER = ("--iters", 3, "--precision", "bf16", "--optimizer", "sgd")
 PARTS = ("--batch", 4, "--accumulate", 2, "--norm", "frozen", "--clip", 0)
 STEPS = [(train, "fcos", flags) for flags in ((), ("--no-align",), ("--res", "low"), PARTS)]
 STEPS += [(distill, "fcos", ()), (distill, "fcos", ("--kd-loss", "pkd", "--downsample", "nearest"))]

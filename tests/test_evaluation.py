@@ -26,26 +26,24 @@ from msad.engine.cost import PARTS, count_cost
 NOTHING = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0, np.float32), "labels": np.zeros(0, np.int64)}
 
 
-def by_pycocotools(data, truth, detections, split="val"):
+def by_pycocotools(data, truth, detections):
     """The twelve numbers and {class name: AP} by pycocotools from files; every class is evaluated on its own."""
     results = []
     for index, found in detections:
         for (x1, y1, x2, y2), score, label in zip(*(found[k].tolist() for k in ("boxes", "scores", "labels"))):
             ids = {"image_id": int(truth.image_ids[index]), "category_id": truth.classes[int(label)]["id"]}
             results.append(ids | {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": score})
-    path = data / "results.json"
-    path.write_text(json.dumps(results))
+    (data / "results.json").write_text(json.dumps(results))
 
     def stats(categories):
-        evaluator = COCOeval(coco, coco.loadRes(str(path)), "bbox")
+        evaluator = COCOeval(coco, coco.loadRes(str(data / "results.json")), "bbox")
         evaluator.params.catIds = categories
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
+        for step in (evaluator.evaluate, evaluator.accumulate, evaluator.summarize):
+            step()
         return evaluator.stats
 
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(annotation_path(data, split)))
+        coco = COCO(str(annotation_path(data, "val")))
         classes = {c["name"]: stats([c["id"]])[0] for c in truth.classes}
         return stats(coco.getCatIds()), classes
 
@@ -57,9 +55,9 @@ def assert_equal(metrics, expected):
     assert set(metrics) == {*evaluation.METRICS, "classes"}
 
 
-def random_set(data, seed, boxes=60):
+def random_set(data, seed):
     """Annotations with crowd boxes, gaps in the ids, images without boxes, and a class that never occurs."""
-    content = random_content(seed, 8, boxes, sides=(200, 400))
+    content = random_content(seed, 8, 60, sides=(200, 400))
     content["categories"].insert(1, {"id": 50, "name": "never seen"})
     for number, a in enumerate(content["annotations"]):  # a third each small, medium and of any size
         a["bbox"][2:] = [min(side, (30.25, 80.5, 400)[number % 3]) for side in a["bbox"][2:]]
