@@ -82,6 +82,7 @@ def main():
 
     if args.export:
         if processes.is_main():
+            try_results([args.export], [args.ckpt])
             takes = export.save(args.export, model, branches[0], args.precision or "fp32")
             print(f"written to {args.export}: {name} @ {branches[0]}; {takes}")
         return
@@ -140,12 +141,17 @@ def main():
 def try_results(results, inputs):
     """Raise InputError for a path of results that cannot be written, or is that of another or of a file that is read.
 
-    This comes before the work. What stands there stays until the results are known; a new file is empty until then.
+    This comes before the work, and leaves no trace: what stands there stays until the results are known.
     """
-    for number, path in enumerate(results):
+    places = [Path(path).resolve() for path in results]
+    for path, place in zip(results, places):
+        is_new = not os.path.lexists(path)
         with write_errors(path):
             open(path, "ab").close()
-        if any(os.path.samefile(path, other) for other in [*inputs, *results[:number]]):
+        is_taken = places.count(place) > 1 or any(os.path.samefile(path, other) for other in inputs)
+        if is_new:
+            os.remove(path)
+        if is_taken:
             raise InputError(f"{path}: is read, or written to, by the same command; choose another place")
 
 
@@ -172,7 +178,8 @@ def look_at_images(args, classes, columns, out, autocast):
         raise InputError(f"--out {out}: the pictures to look at are in there; choose another folder")
     try_results([path], [])
     found, names = [], []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends like Ctrl-C
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends like Ctrl-C
     try:
         for number, file, image in drawing.read_all(args.images):
             seen = drawing.detect_all(image, columns, autocast)

@@ -272,15 +272,25 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(home, monkeypatc
         assert line.startswith(f"error: {home}/{place}: cannot be written")
 
 
+def test_a_checkpoint_is_not_exported_onto_itself(home, monkeypatch):
+    monkeypatch.setattr(export, "trace", None)  # is never called
+    before = (home / "model.pt").rename(home / "model.pt2").read_bytes()
+    line = complaint(evaluate, "--ckpt", home / "model.pt2", "--export", home / "val" / ".." / "model.pt2")
+    assert "model.pt2: is read, or written to, by the same command" in line
+    assert (home / "model.pt2").read_bytes() == before
+
+
 @pytest.mark.parametrize("slip", ["model.pt", "annotations/instances_val.json", "linked.json", "result.json"])
 def test_what_is_read_or_written_already_is_refused_and_stays(home, monkeypatch, slip):
     monkeypatch.setattr(evaluation, "evaluate", None)  # is never called
     (home / "linked.json").symlink_to(home / "model.pt")
     (home / "result.json").touch()
+    files = set(home.iterdir())
     before = (home / slip).read_bytes()
     other = ["--json", home / "val" / ".." / "result.json"]
     line = complaint(evaluate, *flags(home, *other, "--detections", home / slip))
     assert f"{slip}: is read, or written to, by the same command" in line and (home / slip).read_bytes() == before
+    assert set(home.iterdir()) == files
 
 
 def test_results_are_whole_before_a_word_is_said_and_an_earlier_one_stays_until_then(home, monkeypatch):
@@ -292,6 +302,7 @@ def test_results_are_whole_before_a_word_is_said_and_an_earlier_one_stays_until_
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluate", stop)
         assert call(evaluate, *more)[0] == 130 and (home / "a").read_text() == "earlier"
+        assert not (home / "b").exists()
     monkeypatch.setattr(evaluate, "print", stop, raising=False)
     assert call(evaluate, *more)[0] == 130
     assert json.loads((home / "a").read_text())["low"] and json.loads((home / "b").read_text())

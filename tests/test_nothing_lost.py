@@ -137,6 +137,15 @@ def test_whatever_ends_it_what_was_found_until_then_is_written(photos, tmp_path,
     assert names_found(tmp_path) == set(sorted(os.listdir(photos / "photos"))[:2])
 
 
+def test_looking_at_pictures_ignores_a_signal_that_was_ignored_before(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        succeed(evaluate, *look(photos, tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_results_on_a_data_set_are_written_before_anything_is_drawn(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "compare", raising(ZeroDivisionError()))
     flags = ["--ckpt", uninterrupted / "trained" / "last.pt", "--out", tmp_path, "--draw", "--device", "cpu"]
@@ -354,15 +363,18 @@ def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path
     assert code == 130
 
 
-def test_an_inherited_signal_that_is_ignored_stays_ignored(uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_inherited_signal_that_is_ignored_stays_ignored(uninterrupted, tmp_path, number):
     def change():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        dataset.SECONDS_MORE = 1
+        signal.signal(number, signal.SIG_IGN)
         pausing(tmp_path, step=2)()
 
-    flags = [*TINY, "--data", uninterrupted / "data", "--res", "low", "--out", tmp_path / "out"]
+    flags = [*TINY, "--data", uninterrupted / "data", "--res", "low", "--workers", 1, "--out", tmp_path / "out"]
     process = Process(tmp_path, train, *flags, change=change)
     process.wait_until((tmp_path / "waits").exists)
-    os.kill(process.id, signal.SIGINT)
+    os.killpg(process.id, number)
+    time.sleep(1.5)  # in which a worker that did not ignore it would end
     (tmp_path / "go").touch()
     assert process.end()[0] == 0 and done(tmp_path / "out") == 4
 

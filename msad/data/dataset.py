@@ -172,9 +172,10 @@ def ignore_signals(worker):
     """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean.
 
     When it ends itself it sends SIGTERM to its workers, too. So a worker reads on for some seconds, in which a run can
-    save, and then ends.
+    save, and then ends; unless all of them ignore SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_MORE))
+        ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # by PyTorch it would not be
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else lambda *_: signal.alarm(SECONDS_MORE))
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))

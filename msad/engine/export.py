@@ -55,8 +55,6 @@ def save(path, model, branch, precision="fp32"):
         raise InputError(f"--export {path}: must end in .pt2 or .onnx")
     if suffix == ".onnx" and precision != "fp32":
         raise InputError(f"--precision {precision}: onnxruntime computes in fp32 on a CPU; export to a .pt2")
-    with write_errors(path):  # tried before the work
-        open(path, "ab").close()
     notes = json.dumps(describe(model, branch))
     mend = "pip install onnx onnxscript, or give a .pt2"
     with warnings.catch_warnings(), input_errors(f"--export {path}", "a package is missing", mend, ImportError):
