@@ -3,13 +3,15 @@
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 
 import distill
 import evaluate
 import pytest
 import train
 from folders import annotation_path, draw_rectangles
-from scripts import TINY, call, complaint, start, succeed
+from scripts import TINY, call, complaint, succeed
 
 from msad.data.errors import InputError
 
@@ -151,10 +153,10 @@ def test_a_picture_that_cannot_be_read_stops_the_run_by_name(other_data, tmp_pat
 
 
 def test_a_process_of_its_own_says_the_same_and_help_is_no_error(home, tmp_path):
-    process = start("distill", "--teacher", home / "none.pt", cwd=tmp_path)
-    printed, complained = process.communicate()
-    mend = "say where the teacher is, or make one with train.py"
-    assert (process.returncode, printed, complained) == (2, "", f"error: --teacher {home}/none.pt: no such file; {mend}\n")
+    command = [sys.executable, distill.__file__, "--teacher", home / "none.pt"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    line = f"error: --teacher {home}/none.pt: no such file; say where the teacher is, or make one with train.py\n"
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", line)
     assert list(tmp_path.iterdir()) == []
     for script in (train, distill, evaluate):
         code, printed, complained = call(script, "--help")
