@@ -62,7 +62,7 @@ def complaint(script, *flags):
 class Process:
     """A script in a fork of this process, which is there at once, where a new process needs seconds to import torch.
 
-    It leads a group with its workers, and what it writes goes to the file `output` in a folder. `change` is called in it
+    It leads a group with its workers; what it writes goes to the file `output` in a folder; `change` is called in it
     before the script.
     """
 

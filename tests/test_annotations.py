@@ -1,9 +1,9 @@
 """COCO annotations: packed arrays against a plain reading, and each rule for what is wrong in a file."""
 
 import copy
+import itertools
 import json
 import os
-import random
 import shutil
 
 import numpy as np
@@ -43,6 +43,7 @@ def error_of(data, split="train"):
 @pytest.mark.parametrize("seed", range(2))
 def test_packed_arrays_equal_a_plain_reading(tmp_path, seed):
     content = random_content(seed)
+    content["annotations"][4].update(bbox=[-3, -2.5, 5000, 6], area=30_000)  # partly outside: kept as annotated
     write(tmp_path, content)
     read = annotations.read(tmp_path, "train")
     assert packed(read) == plainly(content)
@@ -132,7 +133,6 @@ def test_ids_are_whole_numbers_of_any_size_or_written_with_a_point(tmp_path, fir
 
 NAN, INF = float("nan"), float("inf")
 
-
 UNUSABLE = [  # the fault each of these entries counts under: its first
     ({"bbox": [5, 5, 0, 7]}, "boxes without area"),
     ({"bbox": [5, 5, 7, -3]}, "boxes without area"),
@@ -150,27 +150,21 @@ UNUSABLE = [  # the fault each of these entries counts under: its first
 
 
 def test_an_unusable_annotation_is_left_out_and_counted(tmp_path):
-    content = random_content(1)
-    good = content["annotations"][4]
-    for number, (change, reason) in enumerate(UNUSABLE):
-        write(tmp_path, content | {"annotations": [*content["annotations"][:number], good | change, *content["annotations"][number:]]})
+    content = random_content(1, boxes=60)
+    rest, good = plainly(content), content["annotations"][4]
+
+    def read_with(*changes):
+        write(tmp_path, content | {"annotations": [*(good | change for change in changes), *content["annotations"]]})
         read = annotations.read(tmp_path, "train")
-        assert read.skipped == {reason: 1} and packed(read) == plainly(content), change
-    content["annotations"] += 3 * content["annotations"]
-    write(tmp_path, content | {"annotations": [*content["annotations"], *(good | change for change, _ in UNUSABLE)]})
-    read = annotations.read(tmp_path, "train")
-    assert packed(read) == plainly(content) and read.summary().split("; ")[1] == (
+        assert packed(read) == rest, changes
+        return read
+
+    for change, reason in UNUSABLE:
+        assert read_with(change).skipped == {reason: 1}, change
+    assert read_with(*(change for change, _ in UNUSABLE)).summary().split("; ")[1] == (
         "left out: 3 boxes not finite, 4 boxes outside their image, 2 boxes without area, 1 of unknown categories, "
         "2 of unknown images"
     )
-
-
-def test_a_box_partly_outside_is_kept_as_annotated(tmp_path):
-    content = random_content(1)
-    content["annotations"][4]["bbox"] = [-3, -2.5, 5000, 6]
-    write(tmp_path, content)
-    read = annotations.read(tmp_path, "train")
-    assert read.skipped == {} and packed(read) == plainly(content)
 
 
 @pytest.mark.parametrize("area", [NAN, None, "absent", -1, INF, 0, 0.39, 1e12, 60 * 40 * 1.02])
@@ -193,9 +187,7 @@ def test_boxes_that_are_there_twice_are_counted(tmp_path):
     boxes = content["annotations"]
     boxes[0].update(bbox=[10, 8, 60, 40], category_id=3)
     other = next(i["id"] for i in content["images"] if i["id"] != boxes[0]["image_id"])
-    write(tmp_path, content)
-    assert "twice" not in annotations.read(tmp_path, "train").summary()
-    boxes += [boxes[0] | {"category_id": 17}, boxes[0] | {"image_id": other}, boxes[0] | {"bbox": [12, 8, 60, 40]}]
+    boxes += [boxes[0] | change for change in ({"category_id": 17}, {"image_id": other}, {"bbox": [12, 8, 60, 40]})]
     write(tmp_path, content)
     assert "twice" not in annotations.read(tmp_path, "train").summary(), "another class, image or place"
     boxes += [boxes[0], boxes[0] | {"bbox": [10.2, 8, 59.9, 40.1]}]
@@ -210,7 +202,6 @@ def set_in(key, index, **values):
 BROKEN = {
     "empty file": (lambda content: b"", "is empty"),
     "half a file": (lambda content: json.dumps(content).encode()[:-40], "not valid JSON"),
-    "not text": (lambda content: b"\xff\xfe\x00\x01\x80", "not valid JSON"),
     "Latin 1": (lambda content: '{"images": "été"}'.encode("latin1"), "not valid JSON (UnicodeDecodeError"),
     "Git LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
     "endless nesting": (lambda content: b"[" * 200_000, "not valid JSON"),
@@ -218,22 +209,21 @@ BROKEN = {
     "no images key": (lambda content: content.pop("images"), "no list 'images'"),
     "no images": (lambda content: content["images"].clear(), "has no images"),
     "id is null": (set_in("images", 0, id=None), "images[0]: field 'id' is None, must be a whole number"),
+    "no width": (lambda content: content["images"][3].pop("width"), "images[3]: field 'width' is None, must be"),
     "zero height": (set_in("images", 2, height=0), "images[2]: field 'height' is 0, must be a number of pixels"),
     "an entry is a text": (lambda content: content["images"].insert(2, "x"), "images[2]: field 'id' is None"),
     "name is a number": (set_in("images", 1, file_name=7), "images[1]: field 'file_name' is 7, must be a text"),
     "a class without a name": (lambda content: content["categories"][0].pop("name"), "categories[0]: field 'name'"),
+    "half an id": (set_in("annotations", 9, image_id=1.5), "annotations[9]: field 'image_id' is 1.5, must be"),
     "an id as text": (set_in("annotations", 9, category_id="3"), "annotations[9]: field 'category_id' is '3', must"),
     "no bbox": (lambda content: content["annotations"][9].pop("bbox"), "annotations[9]: field 'bbox' is None"),
     "three numbers": (set_in("annotations", 9, bbox=[1, 2, 3]), "annotations[9]: field 'bbox' is [1, 2, 3], must be"),
     "a thousand numbers": (set_in("annotations", 9, bbox=[1] * 1000), "annotations[9]: field 'bbox' is [1, 1, 1"),
-    "a decimal comma": (set_in("annotations", 9, bbox=["1,5", 1, 2, 3]), "annotations[9]: field 'bbox' is ['1,5', 1,"),
     "box as text": (set_in("annotations", 9, bbox="1 2 3 4"), "annotations[9]: field 'bbox' is '1 2 3 4', must be"),
     "a number too large": (set_in("annotations", 9, bbox=[1, 2, 3, 10**400]), "annotations[9]: field 'bbox' is [1, 2"),
     "area as text": (set_in("annotations", 9, area="400"), "annotations[9]: field 'area' is '400', must be a number"),
     "crowd in words": (set_in("annotations", 9, iscrowd="false"), "annotations[9]: field 'iscrowd' is 'false', must"),
     "crowd is a count": (set_in("annotations", 9, iscrowd=2), "annotations[9]: field 'iscrowd' is 2, must be 0 or 1"),
-    "outside": (set_in("images", 1, file_name="../annotations/instances_train.json"), "points outside"),
-    "absolute": (set_in("images", 1, file_name="/etc/hostname"), "points outside"),
 }
 
 
@@ -291,10 +281,6 @@ def test_more_classes_than_16_bits_can_count(tmp_path):
     assert packed(read) == plainly(content) and read.labels.max() == 40_002
 
 
-def categories(*names):
-    return [{"id": 3 + k, "name": name} for k, name in enumerate(names) if name]
-
-
 @pytest.mark.parametrize("train, val, fits", [
     (("cat", "dog", "owl"), ("cat", "dog", "owl"), True),
     (("cat", "dog", "owl"), (None, "dog", "owl", "no box has it"), True),
@@ -304,7 +290,8 @@ def categories(*names):
     (("cat", "dog"), ("cat", "dog", "owl"), False),
 ])  # fmt: skip
 def test_a_split_s_labels_are_the_training_split_s_where_its_boxes_have_these_classes(tmp_path, train, val, fits):
-    train, val, content = categories(*train), categories(*val), random_content(3)
+    content = random_content(3)
+    train, val = ([{"id": 3 + k, "name": name} for k, name in enumerate(names) if name] for names in (train, val))
     for a in content["annotations"]:
         a["category_id"] = [c["id"] for c in val if c["name"] in ("dog", "owl")][a["id"] % 2]
     named = {c["id"]: c["name"] for c in val}
@@ -324,17 +311,18 @@ def test_a_split_s_labels_are_the_training_split_s_where_its_boxes_have_these_cl
     assert [second.classes[label]["name"] for label in second.labels] == [expected[a["id"]] for a in boxes]
 
 
-@pytest.mark.parametrize("inside", ["sub/../a.png", "sub/../../train/a.png", "..", "linked/../a.png"])
-def test_a_name_is_judged_as_it_is_written(tmp_path, inside):
+def test_a_name_is_judged_as_it_is_written(tmp_path):
     content = random_content(3)
     content["images"][0]["file_name"] = "sub/a.png"
     write(tmp_path, content)
-    (tmp_path / "train" / "a.png").touch()
-    (tmp_path / "train" / "linked").symlink_to(tmp_path / "train" / "sub")
-    for name in (inside, str(tmp_path / "train" / "a.png")):
+    folder = tmp_path / "train"
+    (folder / "a.png").touch()
+    (folder / "linked").symlink_to(folder / "sub")
+    names = "sub/../a.png", "sub/../../train/a.png", "..", "linked/../a.png", str(folder / "a.png"), "/etc/hostname"
+    for name in names:
         content["images"][0]["file_name"] = name
         annotation_path(tmp_path).write_text(json.dumps(content))
-        assert f"file_name {name!r} points outside {tmp_path / 'train'}" in error_of(tmp_path)
+        assert f"{annotation_path(tmp_path)}: file_name {name!r} points outside {folder}" in error_of(tmp_path)
 
 
 def test_entries_of_the_same_file_are_told(tmp_path):
@@ -345,13 +333,11 @@ def test_entries_of_the_same_file_are_told(tmp_path):
     assert "; 3 entries name the same file as another" in annotations.read(tmp_path, "train").summary()
 
 
-def boxes_written(convert, images=20, sides=(200, 300), largest=1.0, seed=0, wide=1):
+def boxes_written(convert, images=20, sides=(200, 300), largest=1.0):
     """Content of three boxes an image, at most `largest` times its size, anywhere in it, each written as
-    convert(x1, y1, x2, y2, width, height). `wide` makes images wider."""
-    rng = np.random.default_rng(seed)
-    content = random_content(seed, images, 0, sides)
-    for image in content["images"]:
-        image["width"] *= wide
+    convert(x1, y1, x2, y2, width, height)."""
+    rng = np.random.default_rng(0)
+    content = random_content(0, images, 0, sides)
     for number, image in enumerate(content["images"] * 3):
         width, height = image["width"], image["height"]
         w, h = (rng.integers(1, max(2, largest * side)) for side in (width, height))
@@ -365,32 +351,26 @@ SMALL, LEAVE = "60 of 60 boxes lie between 0 and ", " of 60 boxes leave their im
 WRONG_UNITS = {
     "fractions": (lambda x, y, X, Y, w, h: (x / w, y / h, (X - x) / w, (Y - y) / h), SMALL + "1"),
     "fractions of corners": (lambda x, y, X, Y, w, h: (x / w, y / h, X / w, Y / h), SMALL + "1"),
-    "fractions without extent": (lambda x, y, X, Y, w, h: (x / w, y / h, 0, 0), SMALL + "1"),
     "fractions a little outside": (lambda x, y, X, Y, w, h: (x / w - 0.01, y / h, X / w - x / w, 0.3), SMALL + "1"),
-    "percentages": (lambda x, y, X, Y, w, h: (100 * x / w, 100 * y / h, 99 - 99 * x / w, 99 - 99 * y / h), SMALL + "100"),
+    "percentages": (lambda x, y, X, Y, w, h: (99 * x / w, 99 * y / h, 99 - 99 * x / w, 99 - 99 * y / h), SMALL + "100"),
     "thousandths": (lambda x, y, X, Y, w, h: (1000 * x / w, 1000 * y / h, 1000 - 999 * x / w, 900), LEAVE),
     "thousandths of large images": (lambda x, y, X, Y, w, h: (x * 5, y * 5, 999 - x * 5, 999 - y * 5), "0 and 1000"),
     "thousandths, corners": (lambda x, y, X, Y, w, h: (0, y, 1000 * X / w, 1000 - 99 * y / h), "0 and 1000"),
     "thousandths, corners, y first": (lambda x, y, X, Y, w, h: (y, 0, 1000 - 99 * y / h, 1000 * X / w), "0 and 1000"),
     "corners": (lambda x, y, X, Y, w, h: (x, y, X, Y), LEAVE),
-    "corners, y first": (lambda x, y, X, Y, w, h: (y, x, Y, X), LEAVE),
     "corners in two of three images": (lambda *b: b[:4] if b[-1] % 3 else plain(*b), LEAVE),
     "lower right corners": (lambda x, y, X, Y, w, h: (X, Y, X - x, Y - y), LEAVE),
     "centres": (lambda x, y, X, Y, w, h: ((x + X) / 2, (y + Y) / 2, X - x, Y - y), LEAVE),
     "centred on the middle": (lambda x, y, X, Y, w, h: (x - w / 2, y - h / 2, X - x, Y - y), LEAVE),
-    "of an image half as large again": (lambda x, y, X, Y, w, h: (1.5 * x, 1.5 * y, 1.5 * (X - x), 1.5 * (Y - y)), LEAVE),
-    "times the sides": (lambda x, y, X, Y, w, h: (x * w, y * h, X * w - x * w, Y * h - y * h), LEAVE),
     "y from below": (lambda x, y, X, Y, w, h: (x, h - y, X - x, y - Y), LEAVE),
-    "x from the right": (lambda x, y, X, Y, w, h: (w - x, y, x - X, Y - y), LEAVE),
     "of other tiles": (lambda x, y, X, Y, w, h: (x + w * (x % 3 - 1), y, X - x, Y - y), LEAVE),
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", WRONG_UNITS)
-def test_boxes_in_other_units_are_refused_with_their_number_and_an_example(tmp_path, case, seed):
+def test_boxes_in_other_units_are_refused_with_their_number_and_an_example(tmp_path, case):
     convert, words = WRONG_UNITS[case]
-    content = boxes_written(convert, seed=seed)
+    content = boxes_written(convert)
     if "1000" in words:
         for image in content["images"]:
             image.update(width=10 * image["width"], height=10 * image["height"])
@@ -432,17 +412,13 @@ plain = lambda x, y, X, Y, w, h: (x, y, X - x, Y - y)
 RIGHT = {
     "anywhere": boxes_written(plain),
     "small": boxes_written(plain, largest=0.01),
-    "small images": boxes_written(plain, sides=(1, 9)),
-    "one image": boxes_written(plain, images=1),
     "no box": boxes_written(plain, images=1) | {"annotations": []},
     "counted from 1": boxes_written(lambda x, y, X, Y, w, h: (x + 1, y + 1, X - x, Y - y)),
     "the whole image": boxes_written(lambda x, y, X, Y, w, h: (0, 0, w, h)),
-    "the lower right corner": boxes_written(lambda x, y, X, Y, w, h: (w - X / 5, h - Y / 5, X / 5, Y / 5)),
     "the upper left corner, larger than its place": boxes_written(lambda x, y, X, Y, w, h: (1, 1, w / 2, h / 2)),
     "a little outside all around": boxes_written(lambda x, y, X, Y, w, h: (x - 3, y - 3, X - x + 6, Y - y + 6)),
     "far outside, now and then": boxes_written(lambda x, y, X, Y, w, h: (x, y, X - x + w * (x % 10 == 0), Y - y)),
     "a corner of the images": boxes_written(lambda x, y, X, Y, w, h: (20, 15, 60, 40)),
-    "another corner of the images": boxes_written(lambda x, y, X, Y, w, h: (15, 10, 60, 85)),
     "half of a pixel, some": boxes_written(lambda *box: (0, 0, 0.5, 0.5) if sum(box[:2]) % 3 == 0 else plain(*box)),
 }  # fmt: skip
 
@@ -463,54 +439,27 @@ def test_a_single_box_is_taken_as_it_is(tmp_path, box):
     assert annotations.read(tmp_path, "train").boxes.tolist() == [[box[0], box[1], box[0] + box[2], box[1] + box[3]]]
 
 
-STRANGE = (None, "", "x", -1, 0, 0.5, 3, True, NAN, INF, 1e300, 10**400, [], {}, [[1]], {"id": 3}, "é", 2**62)
+STRANGE = (None, "", "x", -1, 0, 0.5, 3, True, NAN, 1e300, 10**400, [], {}, [[1]], {"id": 3}, "é", 2**62)
 
 
-def edited(content, rng):
-    """The content as text, with one to three values replaced, removed or doubled, and now and then a byte changed."""
-    content = copy.deepcopy(content)
-    for _ in range(rng.randint(1, 3)):
-        at = content
-        while True:
-            keys = list(at) if isinstance(at, dict) else range(len(at))
-            if not keys:
-                break
-            key = rng.choice(keys)
-            if isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.85:
-                at = at[key]
-                continue
-            action = rng.random()
-            if action < 0.7:
-                at[key] = copy.deepcopy(rng.choice(STRANGE))
-            elif action < 0.85:
-                del at[key]
-            elif isinstance(at, list):
-                at.append(copy.deepcopy(at[key]))
-            break
-    text = bytearray(json.dumps(content).encode())
-    if rng.random() < 0.2:
-        text[rng.randrange(len(text))] = rng.randrange(256)
-    return bytes(text)
-
-
-def test_random_edits_give_a_sound_result_or_one_clear_line(tmp_path):
-    content, rng = random_content(4), random.Random(0)
+def test_any_value_in_any_place_gives_a_sound_result_or_one_clear_line(tmp_path):
+    content, sound = random_content(4), 0
     write(tmp_path, content)
-    sound = 0
-    with np.errstate(all="ignore"):
-        for _ in range(200):
-            text = edited(content, rng)
-            write(tmp_path, text)
-            try:
-                read = annotations.read(tmp_path, "train")
-            except InputError as error:
-                assert str(tmp_path) in str(error) and "\n" not in str(error)
-                continue
-            sound += 1
-            assert len(json.loads(text)["annotations"]) == len(read.boxes) + sum(read.skipped.values())
-            assert len(read.boxes) == len(read.labels) == len(read.areas) == len(read.crowd) == read.starts[-1]
-            assert read.starts[0] == 0 and (np.diff(read.starts) >= 0).all() and len(read.starts) == len(read) + 1
-            assert np.isfinite(read.boxes).all() and (read.boxes[:, 2:] >= read.boxes[:, :2]).all()
-            assert ((read.labels >= 0) & (read.labels < len(read.classes))).all() and (read.sizes > 0).all()
-            assert all(read.path(i).exists() for i in range(len(read)))
-    assert 10 < sound < 190, "the edits should neither all pass nor all fail"
+    places = [(key, field) for key in content for field in content[key][1]]
+    for (key, field), value in itertools.product(places, STRANGE):
+        changed = copy.deepcopy(content)
+        changed[key][1][field] = value
+        annotation_path(tmp_path).write_text(json.dumps(changed))
+        try:
+            read = annotations.read(tmp_path, "train")
+        except InputError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            continue
+        sound += 1
+        assert len(changed["annotations"]) == len(read.boxes) + sum(read.skipped.values())
+        assert len(read.boxes) == len(read.labels) == len(read.areas) == len(read.crowd) == read.starts[-1]
+        assert read.starts[0] == 0 and (np.diff(read.starts) >= 0).all() and len(read.starts) == len(read) + 1
+        assert np.isfinite(read.boxes).all() and (read.boxes[:, 2:] >= read.boxes[:, :2]).all()
+        assert ((read.labels >= 0) & (read.labels < len(read.classes))).all() and (read.sizes > 0).all()
+        assert all(read.path(i).exists() for i in range(len(read)))
+    assert 40 < sound < 140, "they should neither all pass nor all fail"

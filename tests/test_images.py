@@ -45,9 +45,12 @@ def test_exif_orientations_are_turned_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
-    assert (read(tmp_path / "a.png") == UPRIGHT[orientation](PIXELS)).all()
-    Image.fromarray(BLOCKS).save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
-    assert np.abs(read(tmp_path / "a.jpg") - UPRIGHT[orientation](BLOCKS).astype(int)).max() <= 3
+    packet = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    Image.fromarray(PIXELS).save(tmp_path / "b.webp", xmp=packet.encode(), lossless=True)
+    for name in ("a.png", "b.webp"):
+        assert (read(tmp_path / name) == UPRIGHT[orientation](PIXELS)).all()
+    Image.fromarray(BLOCKS).save(tmp_path / "c.jpg", exif=exif, quality=95, subsampling=0)
+    assert np.abs(read(tmp_path / "c.jpg") - UPRIGHT[orientation](BLOCKS).astype(int)).max() <= 3
 
 
 def palette_image():
@@ -82,12 +85,9 @@ RAMP = np.linspace(0, 1, 13 * 18).reshape(13, 18)
 DEPTHS = {  # values of more than 8 bits
     "16 bits": (RAMP * 65535).astype(np.uint16),
     "12 of 16 bits, upside down": (RAMP[::-1] * 4095).astype(np.uint16),
-    "a thermal camera's": (7000 + RAMP * 1500).astype(np.uint16),
     "two values": (RAMP > 0.3).astype(np.uint16),
     "signed": (RAMP * 3000 - 1000).astype(np.int32),
-    "32 bits, 0 to 65535": (RAMP * 65535).astype(np.int32),
     "floats, 0 to 1": RAMP.astype(np.float32),
-    "floats, 0 to 65535": (RAMP * 65535).astype(np.float32),
     "floats, degrees": (RAMP * 60 - 20).astype(np.float32),
     "floats, tiny": (RAMP * 1e-7).astype(np.float32),
 }
@@ -117,8 +117,6 @@ def test_12_bit_pnm_and_big_endian_files_are_stretched_too(tmp_path):
     values = DEPTHS["12 of 16 bits, upside down"]
     (tmp_path / "a.pgm").write_bytes(b"P5 18 13 4095\n" + values.astype(">u2").tobytes())
     assert_stretched(tmp_path / "a.pgm", np.floor(values * (65535 / 4095) + 0.5))  # Pillow's scale
-    (tmp_path / "b.pfm").write_bytes(b"Pf\n18 13\n-1.0\n" + RAMP[::-1].astype("<f4").tobytes())
-    assert_stretched(tmp_path / "b.pfm", RAMP)
     entries = [(256, 18), (257, 13), (258, 16), (259, 1), (262, 1), (273, 110), (277, 1), (279, 468)]
     entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in entries)
     header = b"MM\0*" + struct.pack(">IH", 8, 8) + entries + bytes(4)
@@ -130,30 +128,20 @@ def chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def of_16_bits(kind, values):
-    """A PNG or TIFF of 16-bit colours (h,w,C), written by hand."""
-    height, width, bands = values.shape
-    if kind == "PNG":
-        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-        header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
-        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-        return b"\x89PNG\r\n\x1a\n" + body
-    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2)]
-    entries += [(273, 4, 1, 140), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, 2 * values.size), (284, 3, 1, 1)]
-    entries = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    return b"II*\0" + struct.pack("<IH", 8, 10) + entries + bytes(4) + struct.pack("<3H", 16, 16, 16) + values.tobytes()
+@pytest.mark.parametrize("bands, kind", [(2, 4), (3, 2), (4, 6)])
+def test_of_16_bit_colours_the_upper_8_are_read(tmp_path, bands, kind):
+    """In a PNG written by hand: grey with alpha, RGB, RGB with alpha."""
+    values = np.random.default_rng(0).integers(0, 65536, (13, 18, bands))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 18, 13, 16, kind, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert (read(tmp_path / "a.png") == (values[..., :3] if bands > 2 else values[..., [0, 0, 0]]) // 256).all()
 
 
-@pytest.mark.parametrize("kind, bands", [("PNG", 2), ("PNG", 3), ("PNG", 4), ("TIFF", 3)])
-def test_of_16_bit_colours_the_upper_8_are_read(tmp_path, kind, bands):
-    values = np.random.default_rng(0).integers(0, 65536, (13, 18, bands)).astype("<u2")
-    (tmp_path / "a").write_bytes(of_16_bits(kind, values))
-    assert (read(tmp_path / "a") == (values[..., :3] if bands > 2 else values[..., [0, 0, 0]]) // 256).all()
-
-
-@pytest.mark.parametrize("kind", ["L", "P", "RGB", "RGBA", "I;16", "I", "F"])
+@pytest.mark.parametrize("kind", ["L", "P", "RGB", "I;16", "F"])
 def test_a_tiff_is_turned_upright_however_it_is_stored(tmp_path, kind):
-    """Pillow maps plain ones of one channel into memory, and would mix up the pixels of those on their side."""
+    """Pillow would map plain ones of one channel into memory, and mix up their pixels."""
     image = Image.fromarray(GREY.astype(np.uint16)) if kind == "I;16" else Image.fromarray(PIXELS).convert(kind)
     image.save(tmp_path / "a.tif")
     upright = read(tmp_path / "a.tif")
@@ -178,9 +166,9 @@ def encoded(image, kind, **options):
     return buffer.getvalue()
 
 
-def assert_refused(path, expected="as an image"):
+def assert_refused(path, expected="as an image", size=None):
     with pytest.raises(InputError) as caught:
-        read_image(path)
+        read_image(path, size)
     assert str(path) in str(caught.value) and expected in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -202,14 +190,6 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path, monkeypatch):
         assert_refused(tmp_path / "a.tif", "not finite")
 
 
-def test_a_size_other_than_the_annotations_is_refused_with_both(tmp_path):
-    Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    assert read_image(tmp_path / "a.png", (13, 18)).shape == (3, 13, 18)
-    for size in ((18, 13), (13, 17)):
-        with pytest.raises(InputError, match=f"a.png: is 18x13, but its annotations say {size[1]}x{size[0]}"):
-            read_image(tmp_path / "a.png", size)
-
-
 def entry(tag, kind, count, value):
     """An entry of EXIF: kind 1 bytes, 2 text, 3 16 bits, 4 32 bits, 5 fraction, 7 anything, 11 float."""
     return struct.pack("<HHI4s", tag, kind, count, value)
@@ -226,20 +206,13 @@ def after(entries):
 
 TURNED = entry(0x0112, 3, 1, b"\6\0\0\0")
 DAMAGED_EXIF = {  # -> whether the orientation, 6 in all of them, is still to be had
-    "header alone": (b"Exif\0\0", False),
     "no TIFF": (b"Exif\0\0hello world, no TIFF at all", False),
     "cut off": (exif(TURNED, entry(0x010F, 2, 40, after(2)))[:-3], True),
-    "more entries than there are": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 500) + TURNED, True),
     "an IFD that follows itself": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + TURNED + struct.pack("<I", 8), True),
     "resolution n/0": (exif(TURNED, entry(0x011A, 5, 1, after(2)), tail=struct.pack("<II", 72, 0)), True),
-    "resolution as text": (exif(entry(0x011A, 2, 4, b"72.\0"), TURNED), True),
-    "unit as text": (exif(TURNED, entry(0x0128, 2, 4, b"two\0")), True),
     "an IFD outside": (exif(TURNED, entry(0x8769, 4, 1, struct.pack("<I", 99_999))), True),
-    "GPS as text": (exif(TURNED, entry(0x8825, 2, 4, b"abc\0")), True),
-    "longer than the file": (exif(TURNED, entry(0x927C, 7, 70_000, struct.pack("<I", 500))), True),
     "a pair of orientations": (exif(entry(0x0112, 3, 2, b"\6\0\6\0")), True),
     "orientation as text": (exif(entry(0x0112, 2, 2, b"6\0\0\0")), False),
-    "orientation n/0": (exif(entry(0x0112, 5, 1, after(1)), tail=struct.pack("<II", 6, 0)), False),
     "no such orientation": (exif(entry(0x0112, 3, 1, b"\x42\0\0\0")), False),
 }
 
@@ -250,59 +223,36 @@ def test_pixels_are_read_under_damaged_exif_and_turned_where_it_tells(tmp_path, 
     block, turned = DAMAGED_EXIF[case]
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
     Image.fromarray(BLOCKS).save(tmp_path / "a", kind, exif=block, **options)
-    pixels = read(tmp_path / "a")
-    close = [
-        pixels.shape == expected.shape and np.abs(pixels - expected.astype(int)).max() <= (3 if kind == "JPEG" else 0)
-        for expected in (BLOCKS, np.rot90(BLOCKS, -1))
-    ]
-    assert sum(close) == 1 and close[1] == turned
-
-
-def test_xmp_tells_the_orientation_where_exif_does_not(tmp_path):
-    packet = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    Image.fromarray(PIXELS).save(tmp_path / "a.webp", xmp=packet, lossless=True)
-    assert (read(tmp_path / "a.webp") == np.rot90(PIXELS, -1)).all()
+    expected = np.rot90(BLOCKS, -1) if turned else BLOCKS
+    assert np.abs(read(tmp_path / "a") - expected.astype(int)).max() <= (3 if kind == "JPEG" else 0)
 
 
 def test_a_png_with_large_texts_and_a_large_profile_is_read(tmp_path):
     noise = np.random.default_rng(0).integers(32, 127, 1_500_000, dtype=np.uint8).tobytes()
     info = PngImagePlugin.PngInfo()
     info.add_text("one", noise.decode(), zip=True)
-    info.add_itxt("two", "é" * 2_000_000, zip=True)
-    info.add_text("three", "x" * 70_000_000, zip=True)
+    info.add_text("two", "x" * 70_000_000, zip=True)
     Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=info, icc_profile=bytes(1_500_000) + noise)
     assert (read(tmp_path / "a.png") == PIXELS).all()
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_that_lacks_nothing_but_the_mark_at_its_end_is_whole(tmp_path, progressive):
-    path = tmp_path / "a.jpg"
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 56, 3), np.uint8))
-    for options in ({}, {"exif": ROTATED}, {"quality": 20}, {"subsampling": 0, "quality": 98}):
-        content = encoded(picture, "JPEG", progressive=progressive, **options)
-        path.write_bytes(content)
-        whole = read(path)
-        assert whole.shape == ((56, 40, 3) if "exif" in options else (40, 56, 3))
-        for ending in (b"", b"\xff", b"\xff\xff\xff", bytes(9), b"\xff\xd9", b"\xff\xd9 and more"):
-            path.write_bytes(content[:-2] + ending)
-            assert (read(path) == whole).all(), ending
-        for missing in (20, len(content) // 3, len(content) - 600):
-            path.write_bytes(content[:-missing])
-            assert_refused(path)
-
-
-def test_a_jpeg_that_lacks_more_is_refused_or_its_pixels_are_as_they_were(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"exif": ROTATED}, {"progressive": True, "quality": 20}])
+def test_a_jpeg_that_lacks_nothing_but_the_mark_at_its_end_is_whole(tmp_path, options):
     path, refused = tmp_path / "a.jpg", 0
-    content = encoded(Image.fromarray(PIXELS), "JPEG", quality=95)
+    content = encoded(Image.fromarray(PIXELS), "JPEG", **options)
     path.write_bytes(content)
     whole = read(path)
-    for missing in range(1, 200, 3):
+    assert whole.shape == ((18, 13, 3) if "exif" in options else (13, 18, 3))
+    for ending in (b"", b"\xff", b"\xff\xff\xff", bytes(9), b"\xff\xd9", b"\xff\xd9 and more"):
+        path.write_bytes(content[:-2] + ending)
+        assert (read(path) == whole).all(), ending
+    for missing in (20, len(content) // 3) if "progressive" in options else range(1, 200, 5):
         path.write_bytes(content[:-missing])
         try:
             assert (read(path) == whole).all(), missing
         except InputError:
             refused += 1
-    assert refused > 60
+    assert refused > (30 if "progressive" not in options else 1), "what lacks more, or else its pixels are as they were"
 
 
 def test_a_png_that_lacks_nothing_but_its_end_is_read(tmp_path):
@@ -315,7 +265,7 @@ def test_a_png_that_lacks_nothing_but_its_end_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6])
 def test_a_picture_stays_as_stored_where_only_that_has_the_annotated_size(tmp_path, orientation, kind):
     """But not a TIFF, which Pillow turns while it reads it: then one line gives both sizes."""
     exif = Image.Exif()
@@ -329,8 +279,7 @@ def test_a_picture_stays_as_stored_where_only_that_has_the_annotated_size(tmp_pa
     if across and kind != "TIFF":
         assert (read(tmp_path / "oblong", other) == PIXELS).all()
     else:
-        with pytest.raises(InputError, match=f"is {other[0]}x{other[1]}, but its annotations say {other[1]}x{other[0]}"):
-            read(tmp_path / "oblong", other)
+        assert_refused(tmp_path / "oblong", f"is {other[0]}x{other[1]}, but its annotations say {other[1]}x{other[0]}", other)
 
 
 def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error(tmp_path):
@@ -341,7 +290,7 @@ def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error
         encoded(image, "BMP"), encoded(image.convert("P"), "GIF"), encoded(image, "WEBP"),
     ]  # fmt: skip
     outcomes = {True: 0, False: 0}
-    for _ in range(300):
+    for _ in range(120):
         content = bytearray(rng.choice(originals))
         for _ in range(rng.choice((1, 2, 5))):
             content[rng.randrange(min(len(content), rng.choice((60, 10**6))))] = rng.randrange(256)
@@ -351,4 +300,4 @@ def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error
         except InputError as error:
             assert str(path) in str(error)
             outcomes[False] += 1
-    assert min(outcomes.values()) > 30, outcomes
+    assert min(outcomes.values()) > 15, outcomes

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from signal import SIGINT, SIGTERM
 
 import distill
 import evaluate
@@ -44,7 +45,7 @@ def raising(error):
 
 
 def pausing(folder, owner=models.Detector, name="losses", step=6):
-    """A change of a function: its call number `step` says so by a file `waits` in a folder, and waits for a file `go`."""
+    """A change of a function: its call number `step` makes a file `waits` in a folder, and waits for a file `go`."""
     function, calls = getattr(owner, name), []
 
     def paused(*arguments):
@@ -118,32 +119,32 @@ def test_names_of_every_kind_are_drawn_written_and_told(photos, tmp_path):
 
 
 def interrupted(*_):
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), SIGTERM)
     time.sleep(10)
 
 
 @pytest.mark.parametrize("accident, code", [
-    (interrupted, 130), (raising(torch.OutOfMemoryError("CUDA out of memory.")), 2), (raising(ZeroDivisionError()), None),
+    (interrupted, 130), (raising(MemoryError()), 2), (raising(ZeroDivisionError()), None),
 ])  # fmt: skip
 def test_whatever_ends_it_what_was_found_until_then_is_written(photos, tmp_path, monkeypatch, accident, code):
-    detect_all, handler = drawing.detect_all, signal.getsignal(signal.SIGTERM)
+    detect_all, handler = drawing.detect_all, signal.getsignal(SIGTERM)
     accidents = iter((detect_all, detect_all, accident))
     monkeypatch.setattr(drawing, "detect_all", lambda *arguments: next(accidents)(*arguments))
     try:
         with contextlib.nullcontext() if code else pytest.raises(ZeroDivisionError):
             assert call(evaluate, *look(photos, tmp_path))[0] == code
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(SIGTERM, handler)
     assert names_found(tmp_path) == set(sorted(os.listdir(photos / "photos"))[:2])
 
 
 def test_looking_at_pictures_ignores_a_signal_that_was_ignored_before(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.setattr(drawing, "save", lambda *_: os.kill(os.getpid(), SIGTERM))
+    handler = signal.signal(SIGTERM, signal.SIG_IGN)
     try:
         succeed(evaluate, *look(photos, tmp_path))
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(SIGTERM, handler)
 
 
 def test_results_on_a_data_set_are_written_before_anything_is_drawn(uninterrupted, tmp_path, monkeypatch):
@@ -201,7 +202,7 @@ def test_a_teacher_that_is_gone_is_asked_for(halted, tmp_path):
     content["training"]["settings"]["teacher"] = str(tmp_path / "gone.pt")
     torch.save(content, here / "student" / "last.pt")
     line = complaint(distill, "--resume", "--out", here / "student")
-    assert line == f"error: --teacher {tmp_path}/gone.pt: no such file; say where the teacher is, or make one with train.py\n"
+    assert line.startswith(f"error: --teacher {tmp_path}/gone.pt: no such file; say where the teacher is, or make one")
     other = torch.load(here / "teacher" / "last.pt", weights_only=True)
     other["model"]["backbone.layer1.0.conv1.weight"][0, 0, 0, 0] += 1e-3
     torch.save(other, here / "other.pt")
@@ -283,7 +284,7 @@ def squares(tmp_path_factory):
 @pytest.mark.parametrize("workers, room, batch, codes", [
     (0, 2, 16, (0, 2)), (1, 2, 16, (2,)), (2, 14, 16, (0, 2)), (2, 64, 16, (0,)), (1, 64, 64, (0,)),
 ])  # fmt: skip
-def test_too_few_file_descriptors_are_one_line_and_a_large_batch_needs_few(squares, tmp_path, workers, room, batch, codes):
+def test_too_few_descriptors_are_one_line_and_a_large_batch_needs_few(squares, tmp_path, workers, room, batch, codes):
     def limit():
         least = len(os.listdir("/proc/self/fd")) - 1 + room
         resource.setrlimit(resource.RLIMIT_NOFILE, (least, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -335,9 +336,7 @@ def test_a_process_that_ends_while_its_readers_live_ends_with_them(squares, capf
 SAVING, NOT_SAVING = "stopping after this iteration, then saving ...", "stopping without saving"
 
 
-@pytest.mark.parametrize("first, second", [
-    (signal.SIGINT, None), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT),
-])  # fmt: skip
+@pytest.mark.parametrize("first, second", [(SIGINT, None), (SIGTERM, SIGTERM), (SIGINT, SIGINT), (SIGTERM, SIGINT)])
 def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path, first, second):
     """Another SIGTERM at once, which torchrun sends, is the same request."""
     script, flags = runs(uninterrupted)["trained"]
@@ -350,7 +349,7 @@ def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path
     assert not (tmp_path / "go").exists() and done(out) == 4
     if second:
         os.kill(process.id, second)
-    if second == signal.SIGINT:
+    if second == SIGINT:
         code, lines = process.end()
         text = "\n".join(lines)
         assert text.index(SAVING) < text.index(NOT_SAVING) and "Traceback" not in text and "stopped after" not in text
@@ -363,7 +362,7 @@ def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path
     assert code == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
 def test_an_inherited_signal_that_is_ignored_stays_ignored(uninterrupted, tmp_path, number):
     def change():
         dataset.SECONDS_MORE = 1
@@ -470,9 +469,3 @@ def test_a_run_that_was_out_of_memory_goes_on_in_more_parts(uninterrupted, tmp_p
     succeed(script, "--resume", "--accumulate", 2, "--out", tmp_path)
     assert batches == 16 * [2] and steps == [2, 2], "8 iterations; evaluation takes no more at a time"
     assert checkpoint.read(tmp_path / "last.pt")["training"]["settings"]["accumulate"] == 2
-
-
-def test_memory_that_runs_out_in_evaluate_is_one_line(uninterrupted, monkeypatch):
-    monkeypatch.setattr(evaluation, "evaluate", raising(OUT_OF_MEMORY[0]))
-    line = complaint(evaluate, "--ckpt", uninterrupted / "trained" / "last.pt", "--device", "cpu")
-    assert line.startswith("error: out of memory: ")

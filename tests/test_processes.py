@@ -177,7 +177,7 @@ def two(tmp_path_factory):
     draw_rectangles(folder / "square", {"train": 8, "val": 1}, sides=(64, 64))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
-    job = subprocess.run([*torchrun, __file__, str(folder)], cwd=folder, env=environment, capture_output=True, text=True)
+    job = subprocess.run([*torchrun, __file__, folder], cwd=folder, env=environment, capture_output=True, text=True)
     assert job.returncode == 0, job.stderr[:1500]
     (folder / "printed").write_text(job.stdout)
     return folder

@@ -1,5 +1,5 @@
-"""Stopped, killed at any moment, crashed while saving, a full disk, damage: a resumed run ends with the same bits as one
-that never stopped, or says in one line why it cannot go on."""
+"""Stopped, killed at any moment, crashed while saving, a full disk, damage: a resumed run ends with the same bits as
+one that never stopped, or says in one line why it cannot go on."""
 
 import os
 import random
@@ -10,7 +10,6 @@ import time
 
 import distill
 import pytest
-import torch
 import train
 from scripts import LENGTH, TINY, Process, assert_same_run, call, complaint, runs, succeed
 
@@ -173,13 +172,8 @@ def test_resuming_the_other_script_s_run_is_refused(uninterrupted, script, name)
 
 
 def test_a_model_without_a_run_cannot_be_resumed(uninterrupted, tmp_path):
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, checkpoint.load(uninterrupted / "trained" / "last.pt"))
-    assert f"{path}: holds a model only" in complaint(train, "--resume", "--out", tmp_path)
-    content = torch.load(path, weights_only=True)
-    del content["training"]
-    torch.save(content, path)
-    assert f"{path}: holds a model only" in complaint(train, "--resume", "--out", tmp_path)
+    checkpoint.save(tmp_path / "last.pt", checkpoint.load(uninterrupted / "trained" / "last.pt"))
+    assert f"{tmp_path}/last.pt: holds a model only" in complaint(train, "--resume", "--out", tmp_path)
 
 
 def test_resuming_from_a_damaged_file(uninterrupted, tmp_path):

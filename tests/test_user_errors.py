@@ -25,11 +25,9 @@ DATA_ERRORS = {
 }
 
 FLAG_ERRORS = (
-    "--nonsense", "--resu", "--res sideways", "--head ssd", "--backbone vgg", "--width 0.3", "--precision fp16",
-    "--recipe huge", "--iters many", "--iters 0", "--batch 0", "--batch -2", "--seed -1", "--workers -1", "--lr nan",
-    "--lr -1", "--pad 100", "--pad 0", "--head-channels 40", "--head-convs 0", "--fpn-channels 0", "--short-sides",
-    "--short-sides 0", "--long-side 0", "--test-side 0", "--save-every 0", "--eval-every 0", "--log-every 0",
-    "--object-scale 0", "--no-align --res low",
+    "--nonsense", "--resu", "--res sideways", "--width 0.3", "--iters many", "--iters 0", "--batch -2", "--seed -1",
+    "--seed 12345678901234567890", "--lr nan", "--lr -1", "--pad 100", "--pad 0", "--head-channels 40", "--short-sides",
+    "--short-sides 0", "--object-scale 0", "--no-align --res low",
 )  # fmt: skip
 
 
@@ -75,19 +73,20 @@ def test_a_place_where_the_shapes_cannot_be_drawn(tmp_path, monkeypatch):
 def test_distilling_needs_a_teacher_that_fits(home, tmp_path):
     flags = [*TINY, "--data", home / "data", "--out", tmp_path / "out"]
     teacher = home / "teacher" / "last.pt"
-    assert "--teacher" in complaint(distill, *flags)
-    assert f"--teacher {home}/none.pt: no such file" in complaint(distill, *flags, "--teacher", home / "none.pt")
-    assert f"{home}/file" in complaint(distill, *flags, "--teacher", home / "file")
-    assert "not a teacher" in complaint(distill, *flags, "--teacher", home / "student" / "last.pt")
-    assert "--fpn-channels" in complaint(distill, *flags, "--teacher", teacher, "--fpn-channels", 64)
-    assert "--kd-ramp -5" in complaint(distill, *flags, "--teacher", teacher, "--kd-ramp", -5)
-    assert "--kd -1.0" in complaint(distill, *flags, "--teacher", teacher, "--kd", -1)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.pt"))
+    mistakes = {
+        "--teacher CKPT: no such file; say where the teacher is": [],
+        f"--teacher {home}/none.pt: no such file": ["--teacher", home / "none.pt"],
+        f"{home}/file": ["--teacher", home / "file"],
+        "not a teacher": ["--teacher", home / "student" / "last.pt"],
+        "--fpn-channels": ["--teacher", teacher, "--fpn-channels", 64],
+        "--kd-ramp -5": ["--teacher", teacher, "--kd-ramp", -5],
+        "--kd -1.0": ["--teacher", teacher, "--kd", -1],
+        "the teacher is in there as last.pt": ["--teacher", teacher, "--out", home / "teacher"],
+    }
     before = teacher.read_bytes()
-    assert "the teacher is in there as last.pt" in complaint(
-        distill, *flags, "--teacher", teacher, "--out", home / "teacher"
-    )
-    assert teacher.read_bytes() == before
+    for expected, mistake in mistakes.items():
+        assert expected in complaint(distill, *flags, *mistake)
+    assert not list(tmp_path.glob("out/*.pt")) and teacher.read_bytes() == before
 
 
 def test_a_student_s_padding_is_its_own(home, tmp_path, monkeypatch):
@@ -100,22 +99,23 @@ def test_a_student_s_padding_is_its_own(home, tmp_path, monkeypatch):
 
 
 def test_evaluation_needs_a_checkpoint_a_branch_and_a_place(home):
-    student, data_flags = ["--ckpt", home / "student" / "last.pt"], ["--data", home / "data"]
-    assert "--ckpt" in complaint(evaluate, *data_flags)
-    assert f"{home}/none: no such file" in complaint(evaluate, *data_flags, "--ckpt", home / "none")
-    assert "--res fused" in complaint(evaluate, *data_flags, *student, "--res", "fused")
-    assert "--batch" in complaint(evaluate, *data_flags, *student, "--batch", 0)
-    assert "--workers" in complaint(evaluate, *data_flags, *student, "--workers", -1)
-    for flag in ("--json", "--detections"):
-        line = complaint(evaluate, *data_flags, *student, flag, home / "none" / "a.json")
-        assert f"{home}/none/a.json: cannot be written" in line
-    assert "say with --data where" in complaint(evaluate, *student, "--data", home / "none")
-    (home / "empty").mkdir()
-    assert "instances_val*.json: no such file" in complaint(evaluate, *student, "--data", home / "empty")
-    assert "--device warp" in complaint(evaluate, *data_flags, *student, "--device", "warp")
-    (home / "student" / "found").mkdir()
-    looked_at = complaint(evaluate, *student, "--images", home / "student" / "found")
-    assert "--out" in looked_at and not list((home / "student" / "found").iterdir())
+    student, data = ["--ckpt", home / "student" / "last.pt"], ["--data", home / "data"]
+    for folder in (home / "empty", home / "student" / "found"):
+        folder.mkdir()
+    mistakes = {
+        "--ckpt": data,
+        f"{home}/none: no such file": [*data, "--ckpt", home / "none"],
+        "--res fused": [*data, *student, "--res", "fused"],
+        "--batch": [*data, *student, "--batch", 0],
+        "--workers": [*data, *student, "--workers", -1],
+        "say with --data where": [*student, "--data", home / "none"],
+        "instances_val*.json: no such file": [*student, "--data", home / "empty"],
+        "--device warp": [*data, *student, "--device", "warp"],
+        "--out": [*student, "--images", home / "student" / "found"],
+    }
+    for expected, flags in mistakes.items():
+        assert expected in complaint(evaluate, *flags)
+    assert not list((home / "student" / "found").iterdir())
 
 
 @pytest.fixture
@@ -141,8 +141,7 @@ def test_classes_must_be_the_same_everywhere(home, other_data, tmp_path):
     assert "7 violet" in line and "7 green" in line
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("workers, split", [(0, "val"), (2, "train"), (2, "val")])
 def test_a_picture_that_cannot_be_read_stops_the_run_by_name(other_data, tmp_path, workers, split):
     for path in (other_data / split).iterdir():
         path.write_bytes(path.read_bytes()[:100])
@@ -150,6 +149,14 @@ def test_a_picture_that_cannot_be_read_stops_the_run_by_name(other_data, tmp_pat
     line = complaint(train, *TINY, "--data", other_data, "--out", tmp_path / "out", "--workers", workers)
     assert line.startswith(f"error: {other_data / split}/") and "readable as an image" in line
     assert set(multiprocessing.active_children()) <= before  # else the script would wait for them at its end
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_annotation_file_that_cannot_be_read_stops_the_run_by_name(other_data, tmp_path, split):
+    """Whatever is wrong in one has a test of its own."""
+    annotation_path(other_data, split).write_bytes(b'{"images": [{"id": 1')
+    line = complaint(train, *TINY, "--data", other_data, "--out", tmp_path / "out")
+    assert line.startswith(f"error: {annotation_path(other_data, split)}: not valid JSON")
 
 
 def test_a_process_of_its_own_says_the_same_and_help_is_no_error(home, tmp_path):
