@@ -156,6 +156,10 @@ def test_halving_narrow_maps_in_bf16_reads_no_memory_that_nobody_wrote(channels)
         with torch.autocast("cpu", torch.bfloat16):
             found = layer(x)
         torch.testing.assert_close(found.float(), right, rtol=0.02, atol=0.02)
+        (expected,) = torch.autograd.grad(right.sum(), layer.weight)
+        spoil_free_memory()
+        (gradient,) = torch.autograd.grad(found.sum(), layer.weight)
+        torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.2)
 
 
 def test_narrow_pictures_give_the_same_maps_in_bf16_as_in_fp32():
