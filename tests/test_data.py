@@ -111,17 +111,6 @@ def test_boxes_follow_the_picture_through_resizing_and_mirroring(tmp_path, low):
     assert 2 <= mirrored <= 10
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (4, 200)])
-@pytest.mark.parametrize("low", [None, "area", "nearest"])
-def test_extreme_pictures_are_read(tmp_path, size, low):
-    height, width = size
-    truth = one_rectangle(tmp_path, height, width, [0, 0, width, height], 0)
-    image, boxes, _, _ = CocoDataset(truth, (64,), 128, low, flip=True)[0, 1]
-    assert min(image.shape) >= 1 and max(image.shape) <= 128 and image.float().mean() > 100
-    frame = torch.tensor(image.shape[:0:-1]) * (2 if low else 1)
-    assert boxes[0].tolist() == [0, 0, *frame.tolist()]
-
-
 def test_items_are_the_same_whoever_reads_them(tmp_path):
     content = random_content(5)
     write(tmp_path, content)

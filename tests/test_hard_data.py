@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import math
+import os
 
 import evaluate
 import pytest
@@ -58,7 +59,7 @@ def trained(data, *flags):
     return {line.split(" ")[0]: line for line in printed.splitlines() if line}
 
 
-@pytest.mark.parametrize("flags", [("--res", "multi"), ("--res", "low", "--downsample", "nearest")])
+@pytest.mark.parametrize("flags", [("--res", "multi"), ("--res", "low")])
 def test_one_pixel_and_very_long_images_are_trained_on_and_evaluated(data, flags):
     for split in ("train", "val"):
         edit(data, lambda content: content["annotations"].clear(), split)
@@ -151,17 +152,20 @@ def test_results_written_to_a_file_are_what_coco_s_own_tools_read(tmp_path):
 
 
 def test_every_file_that_can_be_seen_in_a_folder_is_looked_at_or_named(tmp_path):
-    """Whatever it is called: without an ending, in capitals, a picture called a text, a text called a picture."""
+    """Whatever it is called: without an ending, in capitals, a picture called a text, a text called a picture, names of
+    all the bytes that a file system allows, of no UTF-8."""
     folder, outside = tmp_path / "folder", tmp_path / "outside.png"
     folder.mkdir()
     Image.fromarray(noise(40, 50, 0)).save(outside)
     kinds = {"IMG_0001": "PNG", "b.JPG": "JPEG", "c.png.bak": "PNG", "d.txt": "PNG", "e.webp": "WEBP", "f.tif": "TIFF"}
     kinds |= {"g.gif": "GIF", "h.": "BMP", "i.j2k": "JPEG2000", "雪.jfif": "JPEG", "line\nbreak.png": "PNG"}
+    longest = ["雪" * 83 + ".png", "x" * 251 + ".png", *map(os.fsdecode, (b"\xff\xfe.png", b"\xe9" * 251 + b".png"))]
+    kinds |= dict.fromkeys([*longest, "k%20.png", "l.m.png"], "PNG")
     for name, kind in kinds.items():
         Image.fromarray(noise(40, 50, 1)).save(folder / name, kind)
     (folder / "link.png").symlink_to(outside)
     others = {"photo.heic": b"\0\0\0\x18ftypheic" + bytes(300), "note.txt": b"hello", "empty.png": b""}
-    others |= {"Thumbs.db": bytes(99), "raw.CR2": b"II*\0" + bytes(99)}
+    others |= {"Thumbs.db": bytes(99), "raw.CR2": b"II*\0" + bytes(99), os.fsdecode(b"no \xe9"): b"hello"}
     for name, content in others.items():
         (folder / name).write_bytes(content)
     for name, to in {"dangling.png": tmp_path / "nothing.png", "round.png": folder / "round.png"}.items():
@@ -171,7 +175,7 @@ def test_every_file_that_can_be_seen_in_a_folder_is_looked_at_or_named(tmp_path)
     (folder / "below").mkdir()
     (folder / "below" / "k.png").write_bytes(outside.read_bytes())
     checkpoint.save(tmp_path / "model.pt", tiny_model("low"))
-    flags = ["--ckpt", tmp_path / "model.pt", "--images", folder, "--out", tmp_path / "out", *CPU]
+    flags = ["--ckpt", tmp_path / "model.pt", "--images", folder, "--out", tmp_path / "out", "--draw", *CPU]
     code, printed, complained = call(evaluate, *flags)
     lines = complained.splitlines()
     assert code == 0 and lines[-1] == f"left out: {len(others)} of {len(kinds) + 1 + len(others)} files"
@@ -180,3 +184,4 @@ def test_every_file_that_can_be_seen_in_a_folder_is_looked_at_or_named(tmp_path)
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {entry["image_id"] for entry in results} == {*kinds, "link.png"}
     assert f"{len(results)} detections in {len(kinds) + 1} picture(s)" in printed
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == len(kinds) + 1

@@ -85,6 +85,7 @@ RAMP = np.linspace(0, 1, 13 * 18).reshape(13, 18)
 DEPTHS = {  # values of more than 8 bits
     "16 bits": (RAMP * 65535).astype(np.uint16),
     "12 of 16 bits, upside down": (RAMP[::-1] * 4095).astype(np.uint16),
+    "big-endian": (RAMP * 4095).astype(">u2"),
     "two values": (RAMP > 0.3).astype(np.uint16),
     "signed": (RAMP * 3000 - 1000).astype(np.int32),
     "floats, 0 to 1": RAMP.astype(np.float32),
@@ -113,15 +114,10 @@ def test_more_than_8_bits_are_stretched_to_the_whole_range(tmp_path, kind):
         assert (read(tmp_path / f"c.{ending}") == 0).all(), "a picture of one value"
 
 
-def test_12_bit_pnm_and_big_endian_files_are_stretched_too(tmp_path):
+def test_a_12_bit_pnm_is_stretched_too(tmp_path):
     values = DEPTHS["12 of 16 bits, upside down"]
     (tmp_path / "a.pgm").write_bytes(b"P5 18 13 4095\n" + values.astype(">u2").tobytes())
     assert_stretched(tmp_path / "a.pgm", np.floor(values * (65535 / 4095) + 0.5))  # Pillow's scale
-    entries = [(256, 18), (257, 13), (258, 16), (259, 1), (262, 1), (273, 110), (277, 1), (279, 468)]
-    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in entries)
-    header = b"MM\0*" + struct.pack(">IH", 8, 8) + entries + bytes(4)
-    (tmp_path / "c.tif").write_bytes(header + values.astype(">u2").tobytes())
-    assert_stretched(tmp_path / "c.tif", values)
 
 
 def chunk(kind, body):

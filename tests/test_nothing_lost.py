@@ -88,14 +88,12 @@ def test_an_evaluation_that_fails_costs_nothing(uninterrupted, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder with a checkpoint, and photos in it whose names are all that a file system allows."""
+    """A folder with a checkpoint, and three photos in a folder of it."""
     home = tmp_path_factory.mktemp("photos")
     checkpoint.save(home / "model.pt", tiny_model("low"))
-    names = ["a.png", "雪" * 83 + ".png", "x" * 251 + ".png", "b%20c.png", "new\nline.png", "a.b.png"]
-    names += map(os.fsdecode, (b"caf\xe9.png", b"\xff\xfe.png", b"\xe9" * 251 + b".png"))
     (home / "photos").mkdir()
-    for name in names:
-        Image.new("RGB", (80, 60), (200, 90, 30)).save(home / "photos" / name)
+    for name in "abc":
+        Image.new("RGB", (80, 60), (200, 90, 30)).save(home / "photos" / f"{name}.png")
     return home
 
 
@@ -103,19 +101,6 @@ def look(photos, out):
     """Flags of evaluate.py that draw and write everything found in the photos."""
     flags = ["--draw", "--threshold", 0, "--device", "cpu", "--precision", "fp32"]
     return ["--ckpt", photos / "model.pt", "--images", photos / "photos", "--out", out, *flags]
-
-
-def names_found(out):
-    return {entry["image_id"] for entry in json.loads((out / "detections.json").read_text())}
-
-
-def test_names_of_every_kind_are_drawn_written_and_told(photos, tmp_path):
-    names = set(os.listdir(photos / "photos"))
-    shutil.copytree(photos, tmp_path / "copy")
-    (tmp_path / "copy" / "photos" / os.fsdecode(b"no \xe9")).write_text("hello")
-    code, _, complained = call(evaluate, *look(tmp_path / "copy", tmp_path / "out"))
-    assert code == 0 and "/photos/no " in complained and "left out: 1 of 10 files" in complained
-    assert len(list((tmp_path / "out").glob("*.jpg"))) == len(names) == 9 and names_found(tmp_path / "out") == names
 
 
 def interrupted(*_):
@@ -135,7 +120,8 @@ def test_whatever_ends_it_what_was_found_until_then_is_written(photos, tmp_path,
             assert call(evaluate, *look(photos, tmp_path))[0] == code
     finally:
         signal.signal(SIGTERM, handler)
-    assert names_found(tmp_path) == set(sorted(os.listdir(photos / "photos"))[:2])
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert {entry["image_id"] for entry in found} == {"a.png", "b.png"}
 
 
 def test_looking_at_pictures_ignores_a_signal_that_was_ignored_before(photos, tmp_path, monkeypatch):
@@ -260,17 +246,6 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path
     assert first.end()[0] == 0
     assert_same_run(out, uninterrupted / "trained")
     assert sorted(listing(out)) == ["curve.png", "last.pt", "log.1.jsonl", "log.jsonl", "sheet.jpg"]
-
-
-def test_a_run_that_was_killed_leaves_its_folder_to_the_next_though_its_workers_live(uninterrupted, tmp_path):
-    script, flags = runs(uninterrupted)["trained"]
-    flags = [*flags, "--workers", 2, "--out", tmp_path / "out"]
-    first = Process(tmp_path, script, *flags, change=pausing(tmp_path))
-    first.wait_until((tmp_path / "waits").exists)
-    os.kill(first.id, signal.SIGKILL)
-    assert first.end()[0] == -signal.SIGKILL and done(tmp_path / "out") == 4
-    succeed(script, *flags, "--resume", "--workers", 0)
-    assert_same_run(tmp_path / "out", uninterrupted / "trained")
 
 
 # Workers.

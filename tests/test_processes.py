@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import distill
@@ -27,12 +26,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from msad import distillation, models
 from msad.data import annotations
-from msad.data.dataset import CocoDataset
+from msad.data.dataset import Batch, CocoDataset
 from msad.data.errors import InputError
-from msad.engine import checkpoint, evaluation, processes, settings
+from msad.engine import checkpoint, evaluation, processes
 from msad.engine.files import open_locked
-from msad.engine.optimizer import build_optimizer
-from msad.engine.run import train_loader
 from msad.fusion import LOSS_WEIGHTS
 
 SHORT = [*TINY, "--iters", "2"]
@@ -67,17 +64,13 @@ def gradients(kind, head, counts, rank=0, count=1):
         images = images[:, :, ::2, ::2]
     pyramids, outputs = network(images[mine])
     losses = model.losses(pyramids, outputs, boxes[mine], labels[mine], processes.mean_over_processes)
-    loss = weighted(losses)
+    loss = sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
     if kind == "low":
         shapes = [(len(counts), *level.shape[1:]) for level in pyramids["low"]]
         fused = [torch.arange(math.prod(shape)).sin().view(shape)[mine] for shape in shapes]
         loss = loss + distillation.WEIGHT * distillation.pyramid_l1(pyramids["low"], fused)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
-
-
-def weighted(losses):
-    return sum(LOSS_WEIGHTS[branch] * value for branch, parts in losses.items() for value in parts.values())
 
 
 CASES = [("teacher", "fcos", "one side"), ("teacher", "retinanet", "unequal"), ("low", "fcos", "unequal")]
@@ -254,26 +247,17 @@ def test_a_signal_to_one_process_stops_both_after_the_same_iteration(two):
     assert (two / "printed").read_text().count(f"stopped after 2 iterations; go on with: {command}\n") == 1
 
 
-def test_two_processes_that_take_a_batch_in_parts_have_the_mean_of_their_joint_parts(two):
-    parts = [torch.load(two / f"parts{rank}.pt") for rank in (0, 1)]
-    model = checkpoint.restore(checkpoint.read(two / "parts" / "last.pt"), "parts")  # in eval mode: BatchNorm is frozen
-    groups = build_optimizer(model, Namespace(**settings.COCO | settings.SMALL)).param_groups
-    parameters = [p for group in groups for p in group["params"]]
-    with torch.no_grad():
-        for parameter, (weight, _) in zip(parameters, parts[0], strict=True):
-            parameter.copy_(weight)
-    dataset = CocoDataset(annotations.read(two / "square", "train"), (64,), 128, flip=True)
-    settled = Namespace(batch=8, seed=0, workers=0)
-    batch = next(iter(train_loader(dataset, 64, settled, 0, torch.device("cpu")))).to("cpu")
-    assert batch.images.shape == (8, 3, 64, 64)
-    for joint in ([0, 1, 4, 5], [2, 3, 6, 7]):  # the first and the second half of each process's four images
-        pyramids, outputs = model(model.normalize(batch.images[joint], [(64, 64)] * 4))
-        losses = model.losses(pyramids, outputs, [batch.boxes[i] for i in joint], [batch.labels[i] for i in joint])
-        (weighted(losses) / 2).backward()
-    for parameter, (_, one), (_, other) in zip(parameters, *parts):
-        assert one.equal(other)
+def test_two_processes_that_take_a_batch_in_parts_have_the_mean_of_their_joint_parts(two, tmp_path, monkeypatch):
+    """As one process has whose parts have the same images: the first and the second halves of each process's four."""
+    chunk, joint = Batch.chunk, [0, 1, 4, 5, 2, 3, 6, 7]
+    pick = lambda field: field[joint] if torch.is_tensor(field) else [field[i] for i in joint]
+    monkeypatch.setattr(Batch, "chunk", lambda batch, count: chunk(Batch(*map(pick, batch)), count))
+    alone = first_step(*PARTS, "--data", two / "square", "--out", tmp_path)
+    both = [torch.load(two / f"parts{rank}.pt") for rank in (0, 1)]
+    for (weight, wanted), (first, one), (second, other) in zip(alone, *both, strict=True):
+        assert weight.equal(first) and weight.equal(second) and one.equal(other)
         # Other parts, or a sum instead of a mean, differ by far more than the order in which numbers are added up.
-        assert (one - parameter.grad).abs().max() <= 1e-3 * parameter.grad.abs().max()
+        assert (one - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
 # One of two fails. These are forks, which are there at once.
