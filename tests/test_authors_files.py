@@ -26,7 +26,7 @@ def images():
 
 
 def torchvision_input(images, sizes):
-    """Padded RGB images (N,3,H,W) uint8 of sizes [(h,w)] as torchvision's trainers normalise them, zeros for padding."""
+    """Padded RGB images (N,3,H,W) uint8 of sizes [(h,w)] as torchvision's trainers normalise them, padded with 0."""
     x = torch.zeros(images.shape)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for row, image, (height, width) in zip(x, images, sizes):
@@ -96,7 +96,8 @@ def test_a_slimmable_imagenet_backbone_sees_what_it_was_trained_on(images, width
     theirs = Network(plain, "", width).features(torchvision_input(images, SIZES), "features")
     for our, their in zip(ours, theirs, strict=True):
         assert_close(our, their)
-    printed = capsys.readouterr().out  # 53 convolutions, 53 BatchNorms of 5 tensors; three widths' BatchNorm, a classifier
+    # 53 convolutions, 53 BatchNorms of 5 tensors; three widths' BatchNorms and a classifier.
+    printed = capsys.readouterr().out
     assert printed == f"weights   --weights {tmp_path}/a.pt: taken backbone 318; left behind 797\n"
 
 
@@ -139,7 +140,8 @@ def convert(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, layout, width", [("teacher", "wrapped", 0.5), ("student", "wrapped", 0.75), ("student", "bare", 0.25), ("student", "old", 1.0)]
+    "kind, layout, width",
+    [("teacher", "wrapped", 0.5), ("student", "wrapped", 0.75), ("student", "bare", 0.25), ("student", "old", 1.0)],
 )
 def test_files_are_converted_whatever_is_around_them(kind, layout, width, convert):
     """The width is told by the shapes; an old file, in PyTorch's old format, is without counters."""
@@ -172,10 +174,6 @@ def test_the_teacher_of_a_students_file_is_the_one_of_a_teachers_file(convert, t
 # Files that cannot be used.
 
 
-class Code:
-    """Something that only code could restore."""
-
-
 def spoilt(name, value):
     """A student's state dict with one tensor replaced, or left out."""
     state = empty_state("student") | {name: value}
@@ -196,7 +194,7 @@ NO_DETECTOR = "not a detector of the paper's authors, or damaged"
         (spoilt(MEAN, [0.0] * 96), NO_DETECTOR),
         (spoilt(LATERAL, None), f"KeyError: '{LATERAL}'"),
         (spoilt(LATERAL, torch.zeros(256, 100, 1, 1)), NO_DETECTOR),
-        ({"model": Code()}, "refused"),
+        ({"model": print}, "refused"),  # not a tensor but code
         ([1, 2], NO_DETECTOR),
     ],
 )
@@ -239,19 +237,15 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(content, backbone, mess
     assert_refused(f"a.pth: .*{message}", tmp_path / "a.pth", backbone=backbone)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>not found</html>", "another network"])
-def test_damaged_weights_in_the_cache_of_downloads_are_named(content, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>not found</html>", "another network", None])
+def test_damaged_weights_in_the_cache_of_downloads_are_named_and_a_failed_download_too(content, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: (_ for _ in ()).throw(URLError("no route to host")))
     file = tmp_path / "checkpoints" / torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.split("/")[-1]
     file.parent.mkdir()
     if content == "another network":
         torch.save({"conv1.weight": torch.zeros(1)}, file)
-    else:
+    elif content is not None:
         file.write_bytes(content)
-    assert_refused(f"IMAGENET1K_V1 of resnet18: cannot be loaded .*; delete {file}", "imagenet", width=1.0)
-
-
-def test_a_failed_download_is_an_error_of_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: (_ for _ in ()).throw(URLError("no route to host")))
-    assert_refused("of resnet18: cannot be loaded .*no route to host.*--weights FILE", "imagenet")
+    mend = "no route to host.*--weights FILE" if content is None else f"; delete {file}"
+    assert_refused(f"IMAGENET1K_V1 of resnet18: cannot be loaded .*{mend}", "imagenet", width=1.0)

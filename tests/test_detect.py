@@ -38,7 +38,7 @@ class PlantedHead(torch.nn.Module):
 
 
 def plant(kind, branch):
-    """A model that finds a box at (16, 32, 96, 64) in H's pixels. Only the conventional model's low branch decodes to L's."""
+    """A model that finds a box at (16, 32, 96, 64) in H's pixels. Only the conventional low branch decodes to L's."""
     model = tiny_model(kind)
     model.head = PlantedHead([8, 16, 48, 32] if (kind, branch) == ("conventional", "low") else [16, 32, 96, 64])
     return model

@@ -205,7 +205,11 @@ def test_detection_stays_on_the_device_until_its_boxes_are_chosen(monkeypatch, k
 def test_bytes_on_the_device_are_resized_where_pytorch_can(monkeypatch, size, low):
     """Its kernel for CUDA knows no bytes, and floats of a large photo would be large."""
     resized, interpolate = [], F.interpolate
-    note = lambda images, *how, **more: resized.append((images.dtype, images.device.type)) or interpolate(images, *how, **more)
+
+    def note(images, *arguments, **keywords):
+        resized.append((images.dtype, images.device.type))
+        return interpolate(images, *arguments, **keywords)
+
     monkeypatch.setattr(F, "interpolate", note)
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape, np.uint8))  # a fake one has none
     with fake_cuda(monkeypatch):

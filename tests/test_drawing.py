@@ -113,7 +113,8 @@ def test_a_strip_is_its_panels_side_by_side_and_others_are_put_below_one_another
     one, other = (np.asarray(panel(content, label)) for label, content in found_.items())
     height, width = one.shape[:2]
     assert strip.shape == (height + 32, 2 * width + 48, 3) and (strip[:, width + 16 : width + 32] == 255).all()
-    assert np.array_equal(strip[16:-16, 16 : width + 16], one) and np.array_equal(strip[16:-16, width + 32 : -16], other)
+    for start, drawn in ((16, one), (width + 32, other)):
+        assert np.array_equal(strip[16:-16, start : start + width], drawn)
     tiles = [Image.new("RGB", size, (10, 20, 30)) for size in ((30, 20), (10, 50))]
     pixels = np.asarray(drawing.join(tiles, down=True, gap=7))
     assert pixels.shape == (91, 44, 3) and (pixels == (10, 20, 30)).all(2).sum() == 30 * 20 + 10 * 50
@@ -150,7 +151,7 @@ def test_the_truth_is_what_is_annotated_without_crowds(tmp_path):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A small set, a teacher and a student that find its classes; photos of several kinds in a folder, two of them bad."""
+    """A small set, a teacher and a student that find its classes; photos of several kinds in a folder, two bad."""
     home = tmp_path_factory.mktemp("home")
     draw_rectangles(home / "data", {"train": 4, "val": 5})
     classes = annotations.read(home / "data", "val").classes

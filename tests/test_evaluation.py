@@ -112,7 +112,8 @@ def test_perfect_detections_give_ap_1(tmp_path):
         rows = truth.of_image(index)
         rows = np.arange(rows.start, rows.stop)[~truth.crowd[rows]]
         scores = np.linspace(0.5, 0.9, len(rows)) + index / 1000  # they differ: pycocotools breaks ties by image id
-        found.append((index, {"boxes": truth.boxes[rows], "labels": truth.labels[rows].astype(np.int64), "scores": scores}))
+        labels = truth.labels[rows].astype(np.int64)
+        found.append((index, {"boxes": truth.boxes[rows], "labels": labels, "scores": scores}))
     metrics = evaluation.coco_metrics(truth, found)
     assert [metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")] == pytest.approx([1] * 7)
     present = {truth.classes[k]["name"] for k in set(truth.labels[~truth.crowd].tolist())}
@@ -216,7 +217,7 @@ def test_low_resolution_saves_three_quarters_of_all_but_the_head():
 
 @pytest.fixture
 def home(tmp_path):
-    """Seven pictures, four of which are padded to 128 x 192 (height, width) by a model that tests at 128; a detector."""
+    """A detector, and seven pictures, of which models that test at 128 pad four to 128 x 192 (height, width)."""
     sizes = [(64, 64), (128, 140), (128, 180), (100, 140), (192, 128), (128, 192), (30, 30)]
     images = [{"id": i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(sizes, 1)]
     boxes = [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 20, 30], "area": 600, "iscrowd": 0}]

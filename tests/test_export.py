@@ -85,10 +85,11 @@ def test_the_script_finds_what_the_model_finds(export):
     assert_finds_what_the_model_finds(file, model, 1e-4)
 
 
-OTHERS = [("fcos", "high", "high"), ("fcos", "conventional", "low"), ("fcos", "teacher", "low"), ("retinanet", "low", "low")]
+BRANCHES = [("fcos", "high", "high"), ("fcos", "conventional", "low"), ("fcos", "teacher", "low")]
+BRANCHES += [("retinanet", "low", "low"), ("retinanet", "teacher", "fused")]
 
 
-@pytest.mark.parametrize("head, kind, branch", [*OTHERS, ("retinanet", "teacher", "fused")])
+@pytest.mark.parametrize("head, kind, branch", BRANCHES)
 def test_every_kind_gives_the_branch_that_is_asked_for(head, kind, branch):
     """Without PyTorch's tracing, which takes long."""
     model, image = model_of(head, kind), picture(SIZES[0], 0)

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,7 +113,8 @@ def test_excerpts_are_the_source_s_own_lines():
 
 def test_flags_that_are_named_exist():
     helps = [call(script, "--help")[1] for script in SCRIPTS.values()]
-    known = set(re.findall(r"--[a-z][a-z_-]+", "".join(helps) + (ROOT / ".github" / "benchmark" / "benchmark.py").read_text()))
+    helps.append((ROOT / ".github" / "benchmark" / "benchmark.py").read_text())
+    known = set(re.findall(r"--[a-z][a-z_-]+", "".join(helps)))
     known |= {"--nproc_per_node", "--ipc"}  # torchrun's, Docker's
     for text in DOCUMENTS.values():
         assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known
@@ -129,7 +129,7 @@ def pattern(line):
     return " ".join(line.split())
 
 
-def test_commands_run_and_print_what_is_shown_or_are_marked_as_not_run(tmp_path, monkeypatch):
+def test_commands_and_examples_run_and_print_what_is_shown_or_are_marked_as_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "TRAIN", 6)
     monkeypatch.setattr(shapes, "VAL", 3)
@@ -162,12 +162,7 @@ def test_commands_run_and_print_what_is_shown_or_are_marked_as_not_run(tmp_path,
             shown += 1
     assert shown >= 8
 
-
-def test_python_examples_run(tmp_path, monkeypatch, uninterrupted):
-    """Whatever is no excerpt."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    shutil.copytree(uninterrupted / "distilled", tmp_path / "runs" / "student")
+    # The example in Python, whatever is no excerpt.
     found = {"image": torch.rand(3, 60, 90)}
     (example,) = [lines for _, lines in blocks(DOCUMENTS["README.md"], "python") if lines[0].startswith("import")]
     exec("\n".join(example), found)
@@ -176,7 +171,7 @@ def test_python_examples_run(tmp_path, monkeypatch, uninterrupted):
 
 @pytest.fixture
 def called(tmp_path):
-    """A function that runs a script of .github with a stand-in for Python, which does `lines` -> the job and its calls."""
+    """A function that runs a script of .github with a stand-in for Python, which does `lines` -> the job, its calls."""
 
     def run(lines, script, *arguments):
         python = tmp_path / "python"

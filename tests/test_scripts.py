@@ -163,7 +163,8 @@ def test_runs_of_the_same_seed_are_the_same_to_the_bit_and_others_are_not(home, 
     flags = [*TINY, "--data", home / "data", "--no-align", "--out"]
     succeed(train, *flags, tmp_path / "again", "--workers", 1)
     assert (tmp_path / "again" / "log.jsonl").read_bytes() == (home / "conventional" / "log.jsonl").read_bytes()
-    contents = [torch.load(folder / "last.pt", weights_only=True) for folder in (home / "conventional", tmp_path / "again")]
+    folders = home / "conventional", tmp_path / "again"
+    contents = [torch.load(folder / "last.pt", weights_only=True) for folder in folders]
     first, second = (tensors([c["model"], c["training"]["optimizer"]]) for c in contents)
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
@@ -175,7 +176,8 @@ def test_runs_of_the_same_seed_are_the_same_to_the_bit_and_others_are_not(home, 
 
 
 def test_a_new_run_keeps_an_earlier_one_s_files(home, tmp_path):
-    flags, out = [*TINY, "--data", home / "data", "--out", tmp_path / "out", "--res", "low", "--iters", 1], tmp_path / "out"
+    out = tmp_path / "out"
+    flags = [*TINY, "--data", home / "data", "--out", out, "--res", "low", "--iters", 1]
     succeed(train, *flags)
     first = {name: digest(out / name) for name in ("last.pt", "log.jsonl")}
     for seed in (1, 2):

@@ -54,7 +54,7 @@ def run(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, flags, part, spoil, text",  # the part of the loss that the tenth batch spoils, how, and what the message says
+    "name, flags, part, spoil, text",  # the part of the loss that the tenth batch spoils, how, and what is said
     [
         ("trained", [], "box", lambda value: value * NAN, "/box nan"),
         ("trained", [], "cls", lambda value: value + INF, "/cls inf"),
