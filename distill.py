@@ -27,7 +27,7 @@ OWN = {  # settings of this script alone
     "kd_loss": Setting("l1", "distance of the pyramids: the paper's, or PKD's", tuple(distillation.DISTANCES)),
     "kd": Setting(distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off", least=0),
     "kd_ramp": Setting(distillation.RAMP, "iterations until the distance has its full weight", least=0),
-    "weights": Setting("teacher", "start: teacher, none, or the teacher, then what imagenet, coco or a FILE has"),
+    "weights": Setting("teacher", "start: teacher, none, or imagenet, coco or a FILE copied over the teacher's"),
 }
 
 
@@ -41,10 +41,10 @@ def main():
     if not Path(path).is_file():
         mend = "say where the teacher is, or make one with train.py"
         raise InputError(f"--teacher {path or 'CKPT'}: no such file; {mend}")
-    stored = checkpoint.read(path, want="teacher")
-    known = known if saved else inherit(stored, path) | known
-    teacher = checkpoint.restore(stored, path)
-    checksum = distillation.checksum(teacher)
+    teacher_file = checkpoint.read(path, want="teacher")
+    known = known if saved else inherit(teacher_file, path) | known
+    teacher = checkpoint.restore(teacher_file, path)
+    checksum = distillation.checksum(teacher)  # of the weights as they are stored
 
     # Device and data, which settle what nobody said.
     device = processes.init_device(known.get("device"))
@@ -70,10 +70,10 @@ def main():
 
     log = open_folder(out, resume)
     print_header(settings, student, train, val, device, out)
-    results = saved["training"]["teacher"] if saved else evaluate_all(teacher, high_set, settings, autocast)
-    rows = {f"teacher @ {branch}": metrics for branch, metrics in results.items()}
+    teacher_results = saved["training"]["teacher"] if saved else evaluate_all(teacher, high_set, settings, autocast)
+    rows = {f"teacher @ {branch}": metrics for branch, metrics in teacher_results.items()}
     processes.print_once(evaluation.table(rows))
-    kept = {"teacher": results, "teacher_checksum": checksum}
+    kept = {"teacher": teacher_results, "teacher_checksum": checksum}
     run = Run("distill.py", out, log, settings, student, optimizer, low_set, autocast, saved, **kept)
     # Padded as H, of which L is made here.
     batches = run.timed(train_loader(training_set, settings.pad, settings, run.first, device))
@@ -84,8 +84,8 @@ def main():
             optimizer.zero_grad()
             chunks = next(batches).to(device).chunk(settings.accumulate)
             for batch in chunks:
-                network.require_backward_grad_sync = batch is chunks[-1]  # several processes average gradients once
-                high = student.normalize(batch.images, batch.sizes)
+                network.require_backward_grad_sync = batch is chunks[-1]  # of DistributedDataParallel
+                high = student.normalize(batch.images, batch.sizes)  # for both: MEAN and STD are every model's
                 if settings.kd:
                     with torch.no_grad(), autocast:
                         fused = teacher.pyramids(high, ["fused"])["fused"]
@@ -101,9 +101,9 @@ def main():
                 (loss / len(chunks)).backward()
                 run.collect(loss, losses, **distances)
 
-            gradient = clip_grad_norm_(student.parameters(), settings.clip or math.inf)
+            gradient = clip_grad_norm_(student.parameters(), settings.clip or math.inf)  # the norm, clipped or not
             numbers = run.averages(gradient)
-            check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
+            check_finite(iteration, numbers)  # raises before the weights change
             set_learning_rate(optimizer, settings, iteration)
             optimizer.step()
 

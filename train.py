@@ -79,7 +79,7 @@ def main():
             optimizer.zero_grad()
             chunks = next(batches).to(device).chunk(settings.accumulate)
             for batch in chunks:
-                network.require_backward_grad_sync = batch is chunks[-1]  # several processes average gradients once
+                network.require_backward_grad_sync = batch is chunks[-1]  # of DistributedDataParallel
                 with autocast:
                     pyramids, outputs = network(model.normalize(batch.images, batch.sizes))
                 losses = model.losses(pyramids, outputs, batch.boxes, batch.labels, processes.mean_over_processes)
@@ -87,9 +87,9 @@ def main():
                 (loss / len(chunks)).backward()
                 run.collect(loss, losses)
 
-            gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+            gradient = clip_grad_norm_(model.parameters(), settings.clip or math.inf)  # the norm, clipped or not
             numbers = run.averages(gradient)
-            check_finite(iteration, numbers)  # else the run ends here, with the weights of the step before
+            check_finite(iteration, numbers)  # raises before the weights change
             set_learning_rate(optimizer, settings, iteration)
             optimizer.step()
 

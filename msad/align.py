@@ -2,14 +2,16 @@
 
 One image is seen twice: H, and L with half its sides. Reading H at P3..P7 and L at P2..P6 gives, level by level, maps
 of equal size over the same image regions. From here on everything (locations, anchors, regression ranges, targets,
-boxes) is in H's pixels, and no later code knows which image a pyramid came from.
+boxes) is in H's pixels, and the heads do not know which image a pyramid came from. (models.Conventional alone does not
+shift: of its low branch read "L's pixels".)
 
     aligned level            0     1     2     3     4
     H reads (stride in H)   P3 8  P4 16 P5 32 P6 64 P7 128
     L reads (stride in L)   P2 4  P3 8  P4 16 P5 32 P6 64
 
 The condition: H's sides are multiples of 64. Then L's are multiples of 32, every stride-2 layer of either branch
-halves exactly down to C5, and beyond it both round up alike. Anything else is an error here, never a crop.
+halves exactly down to C5, and beyond it both round up alike. Anything else is an error where L is made of H, never a
+crop.
 
 Difference from the authors' code: it pads to multiples of 256 and makes L by taking every second pixel, which aliases.
 Here the default is 64 and the mean of each 2x2 square; their choices remain settings, for their checkpoints.
@@ -24,7 +26,7 @@ LEVELS = {"high": (3, 4, 5, 6, 7), "low": (2, 3, 4, 5, 6)}  # that are read of t
 
 
 def downsample(high, mode="area"):
-    """H (N,3,H,W) -> L (N,3,H/2,W/2): the mean of 2x2 pixels, or the authors' every second pixel ("nearest")."""
+    """H (N,3,h,w) -> L (N,3,h/2,w/2): the mean of 2x2 pixels, or the authors' every second pixel ("nearest")."""
     check_sides(*high.shape[-2:])
     return F.avg_pool2d(high, 2) if mode == "area" else high[:, :, ::2, ::2]
 

@@ -15,9 +15,10 @@ WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that halves with stride 2, and is right where PyTorch's is not: in bf16 on a CPU, with stride 2
-    and a map of one or two columns, oneDNN reads memory that nobody wrote (NOTES, "Lessons learned"). There two columns
-    of zeros are added, as the padding would, and the columns that come of them are cut off."""
+    """A 3x3 convolution of any stride, right where PyTorch's is not: in bf16 on a CPU with AMX, with stride 2 and a map
+    of one or two columns, oneDNN reads memory that nobody wrote (.github/NOTES.md, "Lessons learned"). There two columns
+    of zeros are added, as the padding would, and the columns that come of them are cut off. An export, whose width is
+    open, always has them."""
 
     def __init__(self, in_channels, channels, stride=1, bias=False):
         super().__init__(in_channels, channels, 3, stride, padding=1, bias=bias)
@@ -113,7 +114,7 @@ class ResNet(nn.Module):
 
 
 class FPN(nn.Module):
-    """The feature pyramid. Builds `levels` (a range within 2..7); `forward` computes any five neighbours of them.
+    """The feature pyramid. Builds `levels` (neighbours within 2..7); `forward` computes any five neighbours of them.
 
     P2..P5 are a 1x1 lateral convolution plus the level above doubled in size, then a 3x3 output convolution. P6 is a
     stride-2 convolution of C5 and P7 one of ReLU(P6), as in RetinaNet's paper. No level is computed that nobody reads:
@@ -139,7 +140,7 @@ class FPN(nn.Module):
         for level in range(5, levels[0] - 1, -1):
             merged = self.lateral[str(level)](features[level - 2])
             if above is not None:
-                # To the size of this level: twice the level above, or one less where a stride-2 convolution rounded up.
+                # Twice the level above, or one less where the input's sides do not meet align's condition.
                 merged = merged + F.interpolate(above, size=merged.shape[-2:], mode="nearest")
             pyramid[level] = self.output[str(level)](merged)
             above = merged

@@ -31,7 +31,7 @@ def pyramid_pkd(student, fused):
     """Two lists of five maps (N,C,h,w) -> the sum over levels of the mean squared difference of standardised channels,
     a scalar. For one channel that is 2 (1 - Pearson's correlation): the scale of the features does not count.
 
-    Not the paper's: after PKD (Cao et al., NeurIPS 2022), offered beside it.
+    Not the paper's: after PKD (Cao et al., NeurIPS 2022), offered beside it; its weight is to be chosen anew (3 here).
     """
     align.check_pyramids(fused, student)
     return torch.stack([(standardized(s) - standardized(f)).square().mean() for s, f in zip(student, fused)]).sum()

@@ -105,9 +105,9 @@ class FCOSHead(nn.Module):
 
     def candidate_areas(self, points, strides, boxes):
         """Points (R,2) and boxes (M,4) -> (R,M): the box's area where it may train the location, else infinity."""
-        distances = heads.boxes_to_distances(points[:, None], boxes)
+        distances = heads.boxes_to_distances(points[:, None], boxes)  # (R,M,4)
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-        # Strictly inside the box and strictly inside a square of 1.5 strides around its centre.
+        # Strictly inside the box, and less than 1.5 strides from its centre along x and along y.
         offset = (points[:, None] - centers).abs().amax(-1)
         candidate = (distances.amin(-1) > 0) & (offset < CENTER_RADIUS * strides[:, None])
         # The level is responsible for this size, both ends included.

@@ -23,8 +23,8 @@ def tower(in_channels, channels, convs, norm):
     layers = []
     for number in range(convs):
         conv = nn.Conv2d(channels if number else in_channels, channels, 3, padding=1)
-        # The papers' N(0, 0.01) suits 256 channels. A narrow tower of it learns slowly, and through a deep one without
-        # normalisation so little passes that training inflates the features a hundredfold. A shallow one bears it.
+        # The papers' N(0, 0.01) suits 256 channels. A narrower tower starts wider: with normalisation it would learn
+        # slowly, and through a deep one without so little would pass that training inflates the features a hundredfold.
         if conv.in_channels < 256 and (norm or convs > 2):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         else:
@@ -62,7 +62,7 @@ def initialize_outputs(logits, *others, std=0.01):
 
 def flatten_cells(x, channels):
     """A level's map (N,A*channels,h,w) -> (N,h*w*A,channels): row by row, anchors of a cell side by side."""
-    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels)  # len(x) is no symbol in an export
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels)  # len(x) would be a fixed number in an export
 
 
 def find_objects(labels, classes):

@@ -44,7 +44,7 @@ class ModelConfig:
     short_side: int = 800
     long_side: int = 1333
     pad: int = 64
-    downsample: str = "area"
+    downsample: str = "area"  # how L is made of H, see align.downsample
 
 
 class Detector(nn.Module):
@@ -58,8 +58,8 @@ class Detector(nn.Module):
         self.is_folded = False
         self.scale = 2 if config.kind == "low" else 1  # H's pixels per pixel of this model's input
         self.multiple = config.pad // self.scale  # of which the sides of this model's input are multiples
-        self.downsample = config.downsample if self.scale == 2 else None  # how its input is made of H, unless it is H
-        self.box_scales = dict.fromkeys(self.branches, self.scale)  # pixels of a branch's boxes per pixel of its input
+        self.downsample = config.downsample if self.scale == 2 else None  # how its input is made of H; None: it is H
+        self.box_scales = dict.fromkeys(self.branches, self.scale)  # pixels of its boxes per pixel of the model's input
         self.backbone = ResNet(config.backbone, config.width)
         self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels or align.LEVELS[config.kind])
         self.head = HEADS[config.head](
@@ -69,7 +69,7 @@ class Detector(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def normalize(self, images, sizes):
-        """Padded RGB images (N,3,H,W), uint8 or float in 0-1, and their sizes [(h,w)] -> network input.
+        """Padded RGB images (N,3,h,w), uint8 or float in 0-1, and their sizes [(h,w)] -> network input.
 
         The padding becomes 0, the mean colour. Where there is none, `sizes` may be empty. The memory layout is that of
         the network's weights.
@@ -88,7 +88,8 @@ class Detector(nn.Module):
         return pyramids, self.predict(pyramids)
 
     def pyramids(self, images, branches=None):
-        """Normalised images, at the only resolution this model sees -> {branch: five maps}."""
+        """Normalised images, at the only resolution this model sees -> {its branch: five maps}. `branches` is for those
+        that have several."""
         (branch,) = self.branches
         return {branch: self.pyramid(images, align.LEVELS[branch])}
 
@@ -119,8 +120,9 @@ class Detector(nn.Module):
         `branch` is one of `branches` (default: the first). With `resize` the pictures are brought to the size the model
         was made for; without, they are the network's input, for a low-resolution model already at low resolution.
         Returns a list of one dict per picture: `boxes` (D,4) in that picture's own pixels, `scores` (D,), best first
-        and at least `threshold`, `labels` (D,). Pictures are batched by their padded size, so the company a picture is
-        in changes its result by rounding at most. Raises ValueError for what is no picture.
+        and at least `threshold`, `labels` (D,); no class of a probability below 0.05 is found. Pictures are batched by
+        their padded size, so the company a picture is in changes its result by rounding at most. Raises ValueError for
+        what is no picture.
         """
         branch = branch or self.branches[0]
         if branch not in self.branches:
@@ -142,7 +144,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect_batch(self, images, sizes, originals, branches, **limits):
-        """A padded batch (N,3,H,W) at the network's size -> {branch: one dict per image}, boxes in `originals`' pixels.
+        """A padded batch (N,3,h,w) at the network's size -> {branch: one dict per image}, boxes in `originals`' pixels.
 
         `sizes` and `originals` are [(height, width)] of the images within the batch and of their files, `limits`
         threshold and max_detections as in `detect`.

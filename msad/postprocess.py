@@ -11,20 +11,22 @@ CANDIDATES_PER_LEVEL = 1000
 DETECTIONS_PER_IMAGE = 100
 
 
-def postprocess(head, outputs, levels, frames, originals, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
+def postprocess(head, outputs, map_sizes, frames, originals, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
     """A head and its outputs for N images -> one dict of detections per image, as `Detector.detect` gives them.
 
-    `levels` are the sizes [(h,w)] of the five maps, `frames` [(height, width)] those of the images in the pixels that
+    `map_sizes` are those [(h,w)] of the five maps, `frames` [(height, width)] those of the images in the pixels that
     the boxes are predicted in, `originals` those of their files, in whose pixels the boxes are returned.
     """
-    ends = list(accumulate(height * width * head.anchors for height, width in levels))
+    ends = list(accumulate(height * width * head.anchors for height, width in map_sizes))
     results = []
     for number, (frame, original) in enumerate(zip(frames, originals)):
         # Most locations have nothing: on a CPU only those whose best class is above the threshold are decoded. On a GPU
         # the host would have to wait for their number, so all are.
-        likely = outputs["logits"][number].amax(-1).float().sigmoid() > SCORE_THRESHOLD
-        likely = torch.arange(len(likely), device=likely.device) if likely.is_cuda else likely.nonzero()[:, 0]
-        boxes, scores = head.decode({name: value[number, likely] for name, value in outputs.items()}, levels, likely)
+        logits = outputs["logits"][number]
+        likely = torch.arange(len(logits), device=logits.device)
+        if not logits.is_cuda:
+            likely = likely[logits.amax(-1).float().sigmoid() > SCORE_THRESHOLD]
+        boxes, scores = head.decode({name: value[number, likely] for name, value in outputs.items()}, map_sizes, likely)
         # Candidates are pairs of a location and a class whose box has an area within the image.
         height, width = frame
         inside = clip_boxes_to_image(boxes, (height, width))
@@ -35,8 +37,8 @@ def postprocess(head, outputs, levels, frames, originals, threshold=0.0, max_det
         if len(scores) > CANDIDATES_PER_LEVEL:
             best = best_of_levels(scores, likely[location], ends)
             location, labels, scores = location[best], labels[best], scores[best]
-        # Non-maximum suppression within each class. batched_nms moves the classes apart by offsets, which works only
-        # where no coordinate is negative.
+        # Non-maximum suppression within each class, of boxes that are not clipped yet. batched_nms moves the classes
+        # apart by offsets, which works only where no coordinate is negative.
         boxes = boxes[location]
         lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
         keep = batched_nms(boxes - lowest, scores, labels, head.nms_threshold)[:max_detections]

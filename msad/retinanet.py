@@ -69,7 +69,7 @@ class RetinaNetHead(nn.Module):
         if len(boxes) == 0:
             return anchors.new_full((len(anchors),), self.classes, dtype=torch.long), torch.zeros_like(anchors)
         iou, index, best = match(anchors, boxes)
-        # Anchors that overlap a box enough, or as well as any anchor overlaps that box.
+        # Anchors that overlap a box enough, or are some box's best. Each learns the box that it overlaps most.
         positive = (iou >= POSITIVE_IOU) | best
         # Too much overlap for background, too little for an object: ignored.
         other = torch.where(iou < BACKGROUND_IOU, self.classes, -1)
