@@ -14,14 +14,11 @@ def annotation_path(data, split="train"):
 
 
 def write(data, content, split="train"):
-    """Write an annotation file (a dict, or raw bytes) and an empty file for each image that is not there yet."""
+    """Write an annotation file and an empty file for each image that is not there yet -> the path of the former."""
     path = annotation_path(data, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(data) / split
     folder.mkdir(exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-        return path
     path.write_text(json.dumps(content))
     for image in content["images"]:
         file = folder / image["file_name"]

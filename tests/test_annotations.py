@@ -31,8 +31,16 @@ def packed(read):
     return {int(read.image_ids[i]): list(zip(*(c[read.of_image(i)] for c in columns))) for i in range(len(read))}
 
 
-def error_of(data, split="train"):
-    """The InputError that reading gives: one line."""
+def read_back(data, content):
+    """What is read of a file with a content."""
+    write(data, content)
+    return annotations.read(data, "train")
+
+
+def error_of(data, content=None, split="train"):
+    """The InputError that reading gives, of a file with a content if there is one: one line."""
+    if content:
+        write(data, content, split)
     with pytest.raises(InputError) as caught:
         annotations.read(data, split)
     message = str(caught.value)
@@ -44,8 +52,7 @@ def error_of(data, split="train"):
 def test_packed_arrays_equal_a_plain_reading(tmp_path, seed):
     content = random_content(seed)
     content["annotations"][4].update(bbox=[-3, -2.5, 5000, 6], area=30_000)  # partly outside: kept as annotated
-    write(tmp_path, content)
-    read = annotations.read(tmp_path, "train")
+    read = read_back(tmp_path, content)
     assert packed(read) == plainly(content)
     assert read.classes == tuple({"id": i, "name": f"class {i}"} for i in (3, 17, 90))
     assert read.sizes.tolist() == [[i["height"], i["width"]] for i in content["images"]]
@@ -61,8 +68,7 @@ def test_crowd_flags_are_read_however_they_are_written(tmp_path, written, crowd)
     content = random_content(0)
     for a in content["annotations"]:
         a["iscrowd"] = written
-    write(tmp_path, content)
-    assert (annotations.read(tmp_path, "train").crowd == crowd).all()
+    assert (read_back(tmp_path, content).crowd == crowd).all()
 
 
 def test_names_may_be_foreign_no_utf_8_in_subfolders_or_links(tmp_path):
@@ -103,7 +109,7 @@ def test_suffix_of_the_file_names_the_folder(tmp_path):
     write(tmp_path, random_content(0), "val2017")
     assert annotations.read(tmp_path, "val").folder == tmp_path / "val2017"
     write(tmp_path, random_content(0), "val2014")
-    assert "instances_val*.json: 2 files" in error_of(tmp_path, "val")
+    assert "instances_val*.json: 2 files" in error_of(tmp_path, split="val")
     assert f"instances_train*.json: no such file, and no {tmp_path}/train/_annotations.coco.json" in error_of(tmp_path)
     write(tmp_path, random_content(0))
     shutil.rmtree(tmp_path / "train")
@@ -125,8 +131,7 @@ def test_ids_are_whole_numbers_of_any_size_or_written_with_a_point(tmp_path, fir
         kinds = (int, kind) if number % 2 else (kind, int)
         entry["image_id"] = kinds[0](images[entry["image_id"]])
         entry["category_id"] = kinds[1](classes[entry["category_id"]])
-    write(tmp_path, content)
-    read = annotations.read(tmp_path, "train")
+    read = read_back(tmp_path, content)
     assert packed(read) == plainly(content) and read.skipped == {}
     assert [c["id"] for c in read.classes] == sorted(classes.values())
 
@@ -154,8 +159,8 @@ def test_an_unusable_annotation_is_left_out_and_counted(tmp_path):
     rest, good = plainly(content), content["annotations"][4]
 
     def read_with(*changes):
-        write(tmp_path, content | {"annotations": [*(good | change for change in changes), *content["annotations"]]})
-        read = annotations.read(tmp_path, "train")
+        bad = [good | change for change in changes]
+        read = read_back(tmp_path, content | {"annotations": bad + content["annotations"]})
         assert packed(read) == rest, changes
         return read
 
@@ -188,11 +193,9 @@ def test_boxes_that_are_there_twice_are_counted(tmp_path):
     boxes[0].update(bbox=[10, 8, 60, 40], category_id=3)
     other = next(i["id"] for i in content["images"] if i["id"] != boxes[0]["image_id"])
     boxes += [boxes[0] | change for change in ({"category_id": 17}, {"image_id": other}, {"bbox": [12, 8, 60, 40]})]
-    write(tmp_path, content)
-    assert "twice" not in annotations.read(tmp_path, "train").summary(), "another class, image or place"
+    assert "twice" not in read_back(tmp_path, content).summary(), "another class, image or place"
     boxes += [boxes[0], boxes[0] | {"bbox": [10.2, 8, 59.9, 40.1]}]
-    write(tmp_path, content)
-    assert "; 2 boxes are there twice" in annotations.read(tmp_path, "train").summary()
+    assert "; 2 boxes are there twice" in read_back(tmp_path, content).summary()
 
 
 def set_in(key, index, **values):
@@ -240,8 +243,7 @@ def test_a_file_that_cannot_be_trusted_is_refused_by_name(tmp_path, case):
 def test_ids_must_differ(tmp_path, key):
     content = random_content(2)
     content[key][0]["id"] = content[key][1]["id"]
-    write(tmp_path, content)
-    assert f"id {content[key][1]['id']} stands for two of {key}" in error_of(tmp_path)
+    assert f"id {content[key][1]['id']} stands for two of {key}" in error_of(tmp_path, content)
 
 
 @pytest.mark.parametrize("name, there", [
@@ -273,8 +275,7 @@ def test_more_classes_than_16_bits_can_count(tmp_path):
     content = random_content(3)
     content["categories"] += [{"id": 1000 + k, "name": "more"} for k in range(40_000)]
     content["annotations"][0]["category_id"] = 40_999
-    write(tmp_path, content)
-    read = annotations.read(tmp_path, "train")
+    read = read_back(tmp_path, content)
     assert packed(read) == plainly(content) and read.labels.max() == 40_002
 
 
@@ -326,8 +327,7 @@ def test_entries_of_the_same_file_are_told(tmp_path):
     content = random_content(3)
     for image, name in zip(content["images"], ["a.png", "b.png", "./a.png", "sub/c.png", "sub//c.png", "a.png"]):
         image["file_name"] = name
-    write(tmp_path, content)
-    assert "; 3 entries name the same file as another" in annotations.read(tmp_path, "train").summary()
+    assert "; 3 entries name the same file as another" in read_back(tmp_path, content).summary()
 
 
 def boxes_written(convert, images=20, sides=(200, 300), largest=1.0):
@@ -371,8 +371,7 @@ def test_boxes_in_other_units_are_refused_with_their_number_and_an_example(tmp_p
     if "1000" in words:
         for image in content["images"]:
             image.update(width=10 * image["width"], height=10 * image["height"])
-    write(tmp_path, content)
-    message = error_of(tmp_path)
+    message = error_of(tmp_path, content)
     assert f"{annotation_path(tmp_path)}: " in message and words in message
     assert "COCO's bbox is [x, y, width, height] in pixels" in message
     box = json.loads(message[message.index("such as ") + 8 : message.index(" in one of ")])
@@ -384,25 +383,21 @@ def test_most_boxes_below_a_pixel_or_a_fifth_outside_are_too_many_and_fewer_are_
     boxes = content["annotations"]
     for number in range(29):  # the rest is right, or unusable
         boxes[number]["bbox"] = [[5, 5, 9, 9], [5, 5, 0, 9]][number % 2]
-    write(tmp_path, content)
-    assert "31 of 60 boxes lie between 0 and 1" in error_of(tmp_path)
+    assert "31 of 60 boxes lie between 0 and 1" in error_of(tmp_path, content)
     boxes[29]["bbox"] = [5, 5, 9, 9]
-    write(tmp_path, content)
-    assert len(annotations.read(tmp_path, "train").boxes) == 60 - 14
+    assert len(read_back(tmp_path, content).boxes) == 60 - 14
     for number, a in enumerate(boxes):
         a["bbox"] = [900, 5, 9, 9] if number % 5 == 0 else [5, 5, 9, 9]
     boxes[1].update(image_id=12345)  # of 59 that can be judged
-    write(tmp_path, content)
-    assert "12 of 59 boxes leave their image" in error_of(tmp_path)
+    assert "12 of 59 boxes leave their image" in error_of(tmp_path, content)
     boxes[0]["bbox"] = [5, 5, 9, 9]
-    write(tmp_path, content)
-    assert annotations.read(tmp_path, "train").skipped == {"boxes outside their image": 11, "of unknown images": 1}
+    assert read_back(tmp_path, content).skipped == {"boxes outside their image": 11, "of unknown images": 1}
 
 
 @pytest.mark.parametrize("case", ["corners", "centres", "fractions"])
 def test_of_three_boxes_all_three_are_enough(tmp_path, case):
-    write(tmp_path, boxes_written(lambda x, y, X, Y, w, h: WRONG_UNITS[case][0](w // 2, h // 2, w, h, w, h), images=1))
-    assert "3 of 3 boxes " in error_of(tmp_path)
+    content = boxes_written(lambda x, y, X, Y, w, h: WRONG_UNITS[case][0](w // 2, h // 2, w, h, w, h), images=1)
+    assert "3 of 3 boxes " in error_of(tmp_path, content)
 
 
 plain = lambda x, y, X, Y, w, h: (x, y, X - x, Y - y)
@@ -422,8 +417,7 @@ RIGHT = {
 
 @pytest.mark.parametrize("case", RIGHT)
 def test_boxes_in_pixels_are_not_taken_for_other_units(tmp_path, case):
-    write(tmp_path, RIGHT[case])
-    read = annotations.read(tmp_path, "train")
+    read = read_back(tmp_path, RIGHT[case])
     assert len(read.boxes) + sum(read.skipped.values()) == len(RIGHT[case]["annotations"])
     assert sum(read.skipped.values()) <= 2  # counted from 1, a box may lie outside
 
@@ -432,8 +426,7 @@ def test_boxes_in_pixels_are_not_taken_for_other_units(tmp_path, case):
 def test_a_single_box_is_taken_as_it_is(tmp_path, box):
     content = random_content(0, 1, 0, (40, 41))
     content["annotations"] = [{"image_id": content["images"][0]["id"], "category_id": 3, "bbox": box}]
-    write(tmp_path, content)
-    assert annotations.read(tmp_path, "train").boxes.tolist() == [[box[0], box[1], box[0] + box[2], box[1] + box[3]]]
+    assert read_back(tmp_path, content).boxes.tolist() == [[box[0], box[1], box[0] + box[2], box[1] + box[3]]]
 
 
 STRANGE = (None, "", "x", -1, 0, 0.5, 3, True, NAN, 1e300, 10**400, [], {}, [[1]], {"id": 3}, "é", 2**62)

@@ -279,21 +279,16 @@ def test_a_picture_stays_as_stored_where_only_that_has_the_annotated_size(tmp_pa
 
 
 def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error(tmp_path):
-    rng = random.Random(0)
-    image, path = Image.fromarray(PIXELS), tmp_path / "a"
-    originals = [
-        encoded(image, "JPEG", exif=ROTATED), encoded(image, "PNG", exif=ROTATED), encoded(image.convert("P"), "PNG"),
-        encoded(image, "BMP"), encoded(image.convert("P"), "GIF"), encoded(image, "WEBP"),
-    ]  # fmt: skip
-    outcomes = {True: 0, False: 0}
-    for _ in range(120):
-        content = bytearray(rng.choice(originals))
+    rng, image, refused = random.Random(0), Image.fromarray(PIXELS), 0
+    originals = [encoded(image, kind, exif=ROTATED) for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP")]
+    for number in range(100):
+        content = bytearray(originals[number % 5])
         for _ in range(rng.choice((1, 2, 5))):
             content[rng.randrange(min(len(content), rng.choice((60, 10**6))))] = rng.randrange(256)
-        path.write_bytes(content)
+        (tmp_path / "a").write_bytes(content)
         try:
-            outcomes[read_image(path).shape[0] == 3] += 1
+            assert read_image(tmp_path / "a").shape[0] == 3
         except InputError as error:
-            assert str(path) in str(error)
-            outcomes[False] += 1
-    assert min(outcomes.values()) > 15, outcomes
+            assert str(tmp_path / "a") in str(error)
+            refused += 1
+    assert 15 < refused < 85
