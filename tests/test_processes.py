@@ -221,30 +221,18 @@ def test_scripts_run_under_torchrun_and_write_once(two, name, kind):
     assert printed.count(f"pictures {two / name}/curve.png, ") == 1
 
 
-def outcomes(two, name):
-    """What both processes' scripts gave back."""
-    return [found["outcomes"][name] for found in found_by(two)]
-
-
-def test_a_finished_run_gives_no_code_and_a_batch_must_fit_the_processes(two):
-    assert [outcomes(two, name) for name in ("teacher", "student")] == 2 * [[None, None]]
-    assert outcomes(two, "uneven parts") == 2 * ["--accumulate 2: must divide --batch 6 over 2 process(es)"]
-    assert outcomes(two, "too small") == 2 * ["--batch 1 is smaller than the number of processes, 2"]
-    assert not (two / "none").exists()
-
-
-def test_what_is_not_finite_in_one_process_stops_both_with_the_same_line(two):
-    one, other = outcomes(two, "not finite")
-    assert one == other and "iteration 1:" in one and "low/box nan" in one
+def test_both_processes_end_alike_whatever_befalls_one(two):
+    ends, other = (found["outcomes"] for found in found_by(two))
+    assert ends == other and not (two / "none").exists()
+    assert ends["teacher"] is ends["student"] is None
+    assert ends["too small"] == "--batch 1 is smaller than the number of processes, 2"
+    assert ends["uneven parts"] == "--accumulate 2: must divide --batch 6 over 2 process(es)"
+    assert "iteration 1:" in ends["not finite"] and "low/box nan" in ends["not finite"]
     assert not (two / "spoilt" / "last.pt").exists()
-
-
-def test_a_signal_to_one_process_stops_both_after_the_same_iteration(two):
-    """Each with its own statistics of BatchNorm."""
-    assert outcomes(two, "stopped") == [130, 130]
-    assert checkpoint.read(two / "stopped" / "last.pt")["training"]["done"] == 2
-    command = f"python train.py --resume --out {two}/stopped"
-    assert (two / "printed").read_text().count(f"stopped after 2 iterations; go on with: {command}\n") == 1
+    # A signal to one stops both after the same iteration. Here each has its own statistics of BatchNorm.
+    assert ends["stopped"] == 130 and checkpoint.read(two / "stopped" / "last.pt")["training"]["done"] == 2
+    line = f"stopped after 2 iterations; go on with: python train.py --resume --out {two}/stopped\n"
+    assert (two / "printed").read_text().count(line) == 1
 
 
 def test_two_processes_that_take_a_batch_in_parts_have_the_mean_of_their_joint_parts(two, tmp_path, monkeypatch):
