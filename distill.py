@@ -17,8 +17,7 @@ from msad.data.dataset import CocoDataset, open_data
 from msad.data.errors import InputError
 from msad.engine import checkpoint, drawing, evaluation, processes
 from msad.engine.optimizer import build_optimizer, set_learning_rate
-from msad.engine.run import INTERRUPTED, Run, check_finite, evaluate_all, find_checkpoint, open_folder, print_header
-from msad.engine.run import train_loader
+from msad.engine.run import Run, check_finite, evaluate_all, open_folder, print_header, train_loader
 from msad.engine.settings import Setting, inherit, model_config, parse_flags, resume_settings, settle
 from msad.engine.weights import copy_matching, load_weights
 
@@ -26,7 +25,7 @@ OWN = {  # settings of this script alone
     "teacher": Setting("", "the teacher's checkpoint (needed)"),
     "kd_loss": Setting("l1", "distance of the pyramids: the paper's, or PKD's", tuple(distillation.DISTANCES)),
     "kd": Setting(distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off", least=0),
-    "kd_ramp": Setting(distillation.RAMP, "iterations until the distance has its full weight", least=0),
+    "kd_ramp": Setting(distillation.RAMP, "iterations to its full weight (laptop, photos: iters / 20)", least=0),
     "weights": Setting("teacher", "start: teacher, none, or imagenet, coco or a FILE copied over the teacher's"),
 }
 
@@ -35,12 +34,11 @@ def main():
     # What to do, and whether an earlier run goes on.
     typed, resume = parse_flags(__doc__, OWN)
     out = Path(typed.get("out") or "runs/student")
-    saved = find_checkpoint(out, resume)
+    saved = checkpoint.read(out / "last.pt") if resume and (out / "last.pt").exists() else None
     known = resume_settings(typed, OWN, saved, out / "last.pt") if saved else typed
     path = known.get("teacher", "")
     if not Path(path).is_file():
-        mend = "say where the teacher is, or make one with train.py"
-        raise InputError(f"--teacher {path or 'CKPT'}: no such file; {mend}")
+        raise InputError(f"--teacher {path or 'CKPT'}: no such file; say where one is, or make one with train.py")
     teacher_file = checkpoint.read(path, want="teacher")
     known = known if saved else inherit(teacher_file, path) | known
     teacher = checkpoint.restore(teacher_file, path)
@@ -48,8 +46,7 @@ def main():
 
     # Device and data, which settle what nobody said.
     device = processes.init_device(known.get("device"))
-    with processes.main_first():
-        train, val = open_data(known.get("data"))
+    train, val = open_data(known.get("data"))
     settings = settle(known, OWN, len(train.trainable()), device)
     check_teacher(settings, out, teacher, checksum, saved)
     train, val = (split.with_classes(teacher.config.classes, path) for split in (train, val))
@@ -77,7 +74,6 @@ def main():
     run = Run("distill.py", out, log, settings, student, optimizer, low_set, autocast, saved, **kept)
     # Padded as H, of which L is made here.
     batches = run.timed(train_loader(training_set, settings.pad, settings, run.first, device))
-    processes.set_training(student, settings.norm)
 
     with run:
         for iteration in run.iterations():
@@ -108,7 +104,7 @@ def main():
             optimizer.step()
 
             if run.end_iteration(iteration, numbers):
-                return INTERRUPTED
+                return processes.INTERRUPTED
         results = run.evaluate(settings.iters)
 
     rows["student @ low"] = results["low"]
@@ -120,9 +116,8 @@ def main():
 def check_teacher(settings, out, teacher, checksum, saved):
     """Raise InputError for a teacher that this run cannot have."""
     if settings.kd and settings.fpn_channels != teacher.config.fpn_channels:
-        wanted = f"the teacher's pyramid has {teacher.config.fpn_channels}"
-        mend = "only equal ones can be distilled (--kd 0 trains without)"
-        raise InputError(f"--fpn-channels {settings.fpn_channels}: {wanted}; {mend}")
+        wanted = f"the teacher's pyramid has {teacher.config.fpn_channels}, and only equal ones can be distilled"
+        raise InputError(f"--fpn-channels {settings.fpn_channels}: {wanted} (--kd 0 trains without)")
     if Path(settings.teacher).resolve() == (out / "last.pt").resolve():
         raise InputError(f"--out {out}: the teacher is in there as last.pt; choose another folder for the student")
     if saved and saved["training"]["teacher_checksum"] != checksum:
@@ -138,7 +133,6 @@ def new_student(settings, teacher):
         line = f"from the teacher {copy_matching(student, teacher.state_dict())}"
     if settings.weights not in ("teacher", "none"):
         load_weights(student, settings.weights)
-        line += f"; then from --weights {settings.weights}"
     processes.print_once(f"student   {line}")
     return student
 

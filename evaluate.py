@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from msad.data.annotations import find
-from msad.data.dataset import SHAPES, CocoDataset, open_data
+from msad.data.dataset import CocoDataset, open_data
 from msad.data.errors import InputError, checkpoint_errors, write_errors
 from msad.engine import checkpoint, cost, drawing, evaluation, export, processes
 from msad.engine.run import keep_earlier
@@ -29,7 +28,7 @@ def parse():
     parser = processes.Parser(__doc__, usage="%(prog)s --ckpt FILE [flags]")
     group = parser.add_argument_group("what is read")
     group.add_argument("--ckpt", required=True, metavar="FILE", help="the checkpoint")
-    group.add_argument("--res", choices=("fused", "high", "low"), help="the branch [all; of --images and --export the first]")
+    group.add_argument("--res", choices=("fused", "high", "low"), help="the branch [all; --images, --export: first]")
     add = group.add_mutually_exclusive_group().add_argument
     add("--data", metavar="DIR", help="folder in COCO layout [the one the checkpoint was trained on]")
     add("--images", metavar="PATH", help="instead of --data: a picture, or a folder of pictures")
@@ -106,13 +105,12 @@ def main():
     # Data: what was typed, else what the checkpoint was trained on.
     if folder is None:
         raise InputError(f"{args.ckpt}: does not say what it was trained on; give --data DIR")
-    with processes.main_first():
-        (annotations,) = open_data(folder, ["val"])
+    (annotations,) = open_data(folder, ["val"])
     annotations = annotations.with_classes(model.config.classes, args.ckpt)
     dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.downsample)
     paths = [path for path in (args.json, args.detections) if path]
     if processes.is_main():
-        try_results(paths, [args.ckpt, args.teacher or args.ckpt, find(folder or SHAPES, "val")[0]])
+        try_results(paths, [args.ckpt, args.teacher or args.ckpt, annotations.file])
 
     # Files come first and words after: nothing is lost if nobody reads these.
     found = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)

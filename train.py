@@ -16,7 +16,7 @@ from msad.data.dataset import CocoDataset, open_data
 from msad.data.errors import InputError
 from msad.engine import checkpoint, drawing, processes
 from msad.engine.optimizer import build_optimizer, set_learning_rate
-from msad.engine.run import INTERRUPTED, Run, check_finite, find_checkpoint, open_folder, print_header, train_loader
+from msad.engine.run import Run, check_finite, open_folder, print_header, train_loader
 from msad.engine.settings import Setting, model_config, parse_flags, resume_settings, settle
 from msad.engine.weights import load_weights
 from msad.fusion import LOSS_WEIGHTS
@@ -40,14 +40,13 @@ def main():
     # What to do, and whether an earlier run goes on.
     typed, resume = parse_flags(__doc__, OWN)
     out = Path(typed.get("out") or f"runs/{kind_of(**typed)}")
-    saved = find_checkpoint(out, resume)
+    saved = checkpoint.read(out / "last.pt") if resume and (out / "last.pt").exists() else None
     known = resume_settings(typed, OWN, saved, out / "last.pt") if saved else typed
     kind = kind_of(**known)
 
     # Device and data, which settle what nobody said.
     device = processes.init_device(known.get("device"))
-    with processes.main_first():
-        train, val = open_data(known.get("data"))
+    train, val = open_data(known.get("data"))
     settings = settle(known, OWN, len(train.trainable()), device)
     autocast = processes.autocast(device, settings.precision)
 
@@ -72,7 +71,6 @@ def main():
     print_header(settings, model, train, val, device, out)
     run = Run("train.py", out, log, settings, model, optimizer, validation_set, autocast, saved)
     batches = run.timed(train_loader(training_set, model.multiple, settings, run.first, device))
-    processes.set_training(model, settings.norm)
 
     with run:
         for iteration in run.iterations():
@@ -94,7 +92,7 @@ def main():
             optimizer.step()
 
             if run.end_iteration(iteration, numbers):
-                return INTERRUPTED
+                return processes.INTERRUPTED
         results = run.evaluate(settings.iters)
 
     rows = {f"{kind} @ {branch}": metrics for branch, metrics in results.items()}

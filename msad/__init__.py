@@ -2,7 +2,7 @@
 
     import msad
     model = msad.load("runs/student/last.pt")
-    for found in model.detect([image]):        # RGB float tensors (3,h,w) in 0-1, of any size
+    for found in model.detect([image]):        # PIL images, arrays or tensors, of any size
         found["boxes"], found["scores"], found["labels"]
 
 This folder is the paper. Reading order: train.py and distill.py, top to bottom; align, fusion, distillation, the three

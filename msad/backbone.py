@@ -16,9 +16,9 @@ WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of any stride, right where PyTorch's is not: in bf16 on a CPU with AMX, with stride 2 and a map
-    of one or two columns, oneDNN reads memory that nobody wrote (.github/NOTES.md, "Lessons learned"). There two columns
-    of zeros are added, as the padding would, and the columns that come of them are cut off. An export, whose width is
-    open, always has them."""
+    of one or two columns, oneDNN reads memory that nobody wrote (.github/NOTES.md, "Lessons learned"). There two
+    columns of zeros are added, as the padding would, and the columns that come of them are cut off. An export, whose
+    width is open, always has them."""
 
     def __init__(self, in_channels, channels, stride=1, bias=False):
         super().__init__(in_channels, channels, 3, stride, padding=1, bias=bias)

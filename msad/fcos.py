@@ -54,17 +54,14 @@ class FCOSHead(nn.Module):
     def forward(self, pyramid):
         """Five maps (N,C,h,w) -> {"logits": (N,R,K), "distances": (N,R,4) from the location to the left, upper, right
         and lower side of its box, in strides, "centerness": (N,R) as logits}."""
-        logits, distances, centerness = [], [], []
-        for level, x in enumerate(pyramid):
+        outputs = {"logits": [], "distances": [], "centerness": []}
+        for x, scale in zip(pyramid, self.scales):
             cls, box = self.cls_tower(x), self.box_tower(x)
-            logits.append(heads.flatten_cells(self.cls_logits(cls), self.classes))
-            distances.append(F.relu(heads.flatten_cells(self.box_pred(box), 4).float() * self.scales[level]))
-            centerness.append(heads.flatten_cells(self.centerness(box), 1))
-        return {
-            "logits": torch.cat(logits, 1),  # in bf16 where the network is: there may be hundreds of millions
-            "distances": torch.cat(distances, 1),
-            "centerness": torch.cat(centerness, 1).float().squeeze(-1),
-        }
+            # Logits are in bf16 where the network is: there may be hundreds of millions.
+            outputs["logits"].append(heads.flatten_cells(self.cls_logits(cls), self.classes))
+            outputs["distances"].append(F.relu(heads.flatten_cells(self.box_pred(box), 4).float() * scale))
+            outputs["centerness"].append(heads.flatten_cells(self.centerness(box), 1).squeeze(-1).float())
+        return {name: torch.cat(levels, 1) for name, levels in outputs.items()}
 
     @torch.no_grad()
     def assign(self, sizes, boxes, labels):
@@ -131,8 +128,8 @@ class FCOSHead(nn.Module):
         }
 
     def decode(self, outputs, sizes, where):
-        """Outputs (...,S,*) at the S locations of indices `where` (S,), for maps of `sizes` [(h,w)] -> boxes (...,S,4)
-        in H's pixels and scores (...,S,K), zero where the class is below the threshold."""
+        """Outputs (...,S,*) at S locations, `where` (indices (S,) or a slice), for maps of `sizes` [(h,w)] -> boxes
+        (...,S,4) in H's pixels and scores (...,S,K), zero where the class is below the threshold."""
         points, strides = (x[where] for x in self.locations(sizes, outputs["distances"].device))
         boxes = heads.distances_to_boxes(points, outputs["distances"] * strides[:, None])
         probability = outputs["logits"].float().sigmoid()

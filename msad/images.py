@@ -23,20 +23,19 @@ def resize(image, size, downsample=None):
     """Bring an image (3,h,w), uint8 or float, to `size` (height, width) in H's pixels.
 
     With `downsample` ("area" or "nearest") the result is L: the image straight at half of `size`. In training L is the
-    image at `size`, then downsampled. For "area" one step comes closest to that with a Hamming filter where `size` is
-    at most the image's own, and with the usual bilinear one where the image would have been enlarged first. It is
-    Pillow's step, so that a program that has a student and not this package can make the same pixels. "nearest", the
-    authors' choice, has to be made in two steps.
+    image at `size`, downsampled. In one step a Hamming filter comes closest to that for "area", or the bilinear one
+    where the image would first have been enlarged. The step is Pillow's, so that others can make the same pixels
+    without this package. "nearest", the authors' choice, takes two steps.
     """
     if downsample == "nearest":
         return resize(image, size)[:, ::2, ::2]
-    filter = Image.Resampling.BILINEAR if size[0] > image.shape[1] else Image.Resampling.HAMMING
+    kernel = Image.Resampling.BILINEAR if size[0] > image.shape[1] else Image.Resampling.HAMMING
     if downsample == "area":
         size = tuple(-(-side // 2) for side in size)
     if size == tuple(image.shape[1:]):
         return image
     if downsample == "area":
-        planes = [Image.fromarray(plane.cpu().numpy()).resize(size[::-1], filter) for plane in image]
+        planes = [Image.fromarray(plane.cpu().numpy()).resize(size[::-1], kernel) for plane in image]
         return torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]).to(image.device)
     pixels = image.cpu() if image.dtype == torch.uint8 else image  # CUDA cannot resize bytes
     return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].to(image.device)

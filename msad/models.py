@@ -79,8 +79,8 @@ class Detector(nn.Module):
         for number, (height, width) in enumerate(sizes):
             x[number, :, height:] = 0
             x[number, :, :, width:] = 0
-        last = self.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-        return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        channels_last = self.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def forward(self, images):
         """Normalised images (N,3,h,w) -> ({branch: five maps}, {branch: the head's outputs})."""

@@ -86,8 +86,8 @@ class RetinaNetHead(nn.Module):
         }
 
     def decode(self, outputs, sizes, where):
-        """Outputs (...,S,*) at the S anchors of indices `where` (S,), for maps of `sizes` [(h,w)] -> boxes (...,S,4) in
-        H's pixels and scores (...,S,K), zero where the class is below the threshold."""
+        """Outputs (...,S,*) at S anchors, `where` (indices (S,) or a slice), for maps of `sizes` [(h,w)] -> boxes
+        (...,S,4) in H's pixels and scores (...,S,K), zero where the class is below the threshold."""
         anchors = self.anchor_boxes(sizes, outputs["deltas"].device)[where]
         boxes = heads.deltas_to_boxes(anchors, outputs["deltas"])
         return boxes, F.threshold_(outputs["logits"].float().sigmoid(), heads.SCORE_THRESHOLD, 0.0)

@@ -114,7 +114,7 @@ def test_a_step_waits_only_where_it_reads_its_numbers(device, data, tmp_path, mo
         code, _, complained = call(script, *ON_CUDA, "--head", head, *flags)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert code == run.INTERRUPTED and len(calls) == 6, complained
+    assert code == processes.INTERRUPTED and len(calls) == 6, complained
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -156,7 +156,7 @@ def steps(script, patch, out, *flags):
         patch.setattr(distillation, "freeze", freeze)
     with stack:
         code, _, complained = call(script, *TINY, *SHORTER, *flags, "--out", out)
-    assert code == run.INTERRUPTED, complained
+    assert code == processes.INTERRUPTED, complained
     assert len(reads) == 2, "one read a step"
     return starts[0].copies
 

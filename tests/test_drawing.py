@@ -134,7 +134,7 @@ def test_pictures_to_draw_are_spread_over_those_with_boxes(tmp_path):
         assert (indices[0], indices[-1]) == (full[0], full[-1]) and drawing.spread_indices(read, 99) == list(full)
 
 
-def test_the_truth_is_what_is_annotated_without_crowds(tmp_path):
+def test_objects_are_what_is_annotated_without_crowds(tmp_path):
     content = random_content(1)
     wide, high = (content["images"][0][side] for side in ("width", "height"))
     larger = {"image_id": content["images"][0]["id"], "category_id": 3, "bbox": [-9, -9, wide + 20, high + 20]}
@@ -143,9 +143,9 @@ def test_the_truth_is_what_is_annotated_without_crowds(tmp_path):
     read, ids = annotations.read(tmp_path, "train"), [3, 17, 90]
     for index, image in enumerate(content["images"]):
         rows = [a for a in content["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
-        truth = drawing.truth(read, index)
-        assert truth["boxes"].tolist() == [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in rows)]
-        assert truth["labels"].tolist() == [ids.index(a["category_id"]) for a in rows] and "scores" not in truth
+        boxes, labels = read.objects(index)
+        assert boxes.tolist() == [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in rows)]
+        assert labels.tolist() == [ids.index(a["category_id"]) for a in rows]
     assert sum(a["iscrowd"] for a in content["annotations"]) > 0
 
 
@@ -319,7 +319,7 @@ def test_runs_end_with_a_curve_and_a_sheet_of_every_branch(home, tmp_path, writt
 
 
 def test_a_picture_that_cannot_be_drawn_costs_nothing(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "sheet", lambda *_: [][0])
+    monkeypatch.setattr(drawing, "spread_indices", lambda *_: [][0])
     printed = succeed(train, *TINY, "--iters", 1, "--data", home / "data", "--out", tmp_path / "out", "--res", "low")
     assert "pictures could not be drawn (IndexError: list index out of range)" in printed and "low @ low" in printed
     assert (tmp_path / "out" / "last.pt").exists() and "next: python evaluate.py" in printed

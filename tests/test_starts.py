@@ -154,7 +154,7 @@ def test_both_scripts_start_from_a_checkpoint_and_not_from_another_backbone_s(un
     said = f"weights   --weights {tmp_path}/a.pt: taken backbone 120, fpn "
     assert said in succeed(train, *flags, tmp_path / "out", "--res", "low")
     printed = succeed(distill, *flags, tmp_path / "student", "--teacher", uninterrupted / "teacher" / "last.pt")
-    assert said in printed and f"; then from --weights {tmp_path}/a.pt" in printed
+    assert said in printed
     for other in (["--width", 0.5], ["--backbone", "resnet34"]):
         line = complaint(train, *flags, tmp_path / "b", *other)
         meant = "--width 0.25 (not 0.5)" if "--width" in other else "--backbone resnet18 (not resnet34)"

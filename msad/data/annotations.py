@@ -69,10 +69,10 @@ class Annotations:
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def objects(self, index):
-        """The boxes (M,4) and labels (M,) of an image that are no crowds."""
+        """The boxes (M,4), cut off at the image's border, and labels (M,) of an image that are no crowds."""
         rows = self.of_image(index)
         single = ~self.crowd[rows]
-        return self.boxes[rows][single], self.labels[rows][single]
+        return self.boxes[rows][single].clip(0, np.tile(self.sizes[index][::-1], 2)), self.labels[rows][single]
 
     def trainable(self):
         """The indices of the images to train on: those that have a box which is not a crowd's."""
@@ -139,7 +139,8 @@ def load_json(path):
         data = path.read_bytes()
     if data.startswith(LFS_POINTER):
         raise InputError(f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull")
-    with input_errors(path, "not valid JSON" if data else "is empty", "restore it, in UTF-8", (ValueError, RecursionError)):
+    fault = "not valid JSON" if data else "is empty"
+    with input_errors(path, fault, "restore it, in UTF-8", (ValueError, RecursionError)):
         content = json.loads(data)
     if not isinstance(content, dict):
         raise InputError(f"{path}: not in COCO format (the top level must be an object)")
@@ -242,14 +243,11 @@ def check_files(names, folder, path):
     """Raise InputError unless every name is that of a file in the folder, in one below it, or linked there."""
     with input_errors(folder, "cannot be read"):
         present = set(os.listdir(folder))
-    missing = []
-    for name in names:
-        if name in present:
-            continue
+    others = [name for name in names if name not in present]
+    for name in others:
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise InputError(f"{path}: file_name {name!r} points outside {folder}; name files inside it")
-        if not os.path.isfile(os.path.join(folder, name)):
-            missing.append(name)
+    missing = [name for name in others if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         # The next name in order shows what is different: an ending that is missing, capitals, a folder before it.
         beside = min((n for n in present if n >= PurePath(missing[0]).name), default=max(present, default="nothing"))

@@ -22,7 +22,7 @@ from .reading import read_image
 
 SHAPES = "data/shapes"  # the drawn set, in the folder a script is called from
 SECONDS_MORE = 10  # that a worker lives on after SIGTERM
-PATIENCE = 900  # seconds without a batch after which a run gives up on its workers
+WORKER_PATIENCE = 900  # seconds without a batch after which a run gives up on its workers
 
 
 class Batch(NamedTuple):
@@ -30,8 +30,8 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # (N,3,H,W) uint8, padded with zeros to a common size
     sizes: list  # [(h,w)] of the images within the batch
-    boxes: torch.Tensor  # (M,4) float, M over all images
-    labels: torch.Tensor  # (M,) int64
+    boxes: torch.Tensor  # (M,4) float, M over all images; on a device one tensor an image
+    labels: torch.Tensor  # (M,) int64; the same
     counts: list  # boxes of each image
     indices: list  # which images of the data set these are
 
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
         return self._replace(images=images, boxes=boxes.split(self.counts), labels=labels.split(self.counts))
 
     def chunk(self, count):
-        """A batch on a device -> `count` batches with as many images each."""
+        """A batch on a device -> `count` batches of equal size."""
         size = len(self.images) // count
         return [Batch(*(field[first : first + size] for field in self)) for first in range(0, size * count, size)]
 
@@ -91,7 +91,6 @@ class CocoDataset(Dataset):
         image = resize(image, fitted_size(height, width, short_side, self.long_side), self.downsample)
 
         boxes, labels = self.annotations.objects(index)
-        boxes = boxes.clip(0, [width, height, width, height])
         frame = [side * (2 if self.downsample else 1) for side in image.shape[1:]]
         boxes = boxes * np.array([frame[1] / width, frame[0] / height] * 2)
         if mirrored:
@@ -156,16 +155,10 @@ def loader(dataset, batches, multiple, workers, device):
     if workers:  # file descriptors enough for batches on their way, or an OSError now rather than later
         for descriptor in [os.open(os.devnull, os.O_RDONLY) for _ in range(16 + 12 * workers)]:
             os.close(descriptor)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=partial(collate, multiple=multiple),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=ignore_signals,
-        timeout=PATIENCE if workers else 0,
-    )
+    details = {"collate_fn": partial(collate, multiple=multiple), "pin_memory": device.type == "cuda"}
+    if workers:
+        details |= {"persistent_workers": True, "worker_init_fn": ignore_signals, "timeout": WORKER_PATIENCE}
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, **details)
 
 
 def ignore_signals(worker):

@@ -39,13 +39,6 @@ def detect_all(image, columns, autocast):
         return {label: model.detect(image, branch)[0] for label, (model, branch) in columns.items()}
 
 
-def truth(annotations, index):
-    """The annotated objects of an image, as detections without scores, cut off at its border as in training; crowd
-    boxes are left out."""
-    boxes, labels = annotations.objects(index)
-    return {"boxes": boxes.clip(0, np.tile(annotations.sizes[index][::-1], 2)), "labels": labels}
-
-
 def spread_indices(annotations, count):
     """Indices of at most `count` images, evenly spread over those of a set that have objects, if any has."""
     full = annotations.trainable().tolist() or range(len(annotations))
@@ -55,14 +48,9 @@ def spread_indices(annotations, count):
 def compare(annotations, index, columns, autocast, threshold=THRESHOLD, side=SIDE):
     """A strip of an annotated image, read as it is in training: ground truth and what the columns find."""
     image = read_image(annotations.path(index), tuple(map(int, annotations.sizes[index])))
-    found = {"ground truth": truth(annotations, index)} | detect_all(image, columns, autocast)
+    truth = dict(zip(("boxes", "labels"), annotations.objects(index)))
+    found = {"ground truth": truth} | detect_all(image, columns, autocast)
     return strip(image, found, annotations.classes, threshold, side)
-
-
-def sheet(annotations, columns, autocast, count=6):
-    """A few images of a set, small, each a strip as in `compare`, one below the other."""
-    indices = spread_indices(annotations, count)
-    return join([compare(annotations, index, columns, autocast, side=400) for index in indices], down=True, gap=0)
 
 
 def strip(image, found, classes, threshold=THRESHOLD, side=SIDE):
@@ -152,7 +140,8 @@ def draw_run(out, log, annotations, columns, autocast):
     try:
         log.seek(0)
         curve(log.read().decode()).save(out / "curve.png")
-        sheet(annotations, columns, autocast).save(out / "sheet.jpg", quality=92, subsampling=0)
+        strips = [compare(annotations, i, columns, autocast, side=400) for i in spread_indices(annotations, 6)]
+        join(strips, down=True, gap=0).save(out / "sheet.jpg", quality=92, subsampling=0)
     except Exception as error:  # whatever it is, the checkpoint is written and the results are known
         return f"pictures could not be drawn ({type(error).__name__}: {error})"
     return f"pictures {out / 'curve.png'}, {out / 'sheet.jpg'}"

@@ -89,11 +89,9 @@ def to_xywh(box):
 def coco_of(annotations, entries):
     """A COCO object over the data set's indices and labels."""
     coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i} for i in range(len(annotations))],
-        "categories": [{"id": k} for k in range(len(annotations.classes))],
-        "annotations": [entry | {"id": n} for n, entry in enumerate(entries, start=1)],
-    }
+    coco.dataset = {"annotations": [entry | {"id": n} for n, entry in enumerate(entries, start=1)]}
+    coco.dataset["images"] = [{"id": i} for i in range(len(annotations))]
+    coco.dataset["categories"] = [{"id": k} for k in range(len(annotations.classes))]
     coco.createIndex()
     return coco
 

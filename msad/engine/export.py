@@ -20,7 +20,6 @@ from .. import align
 from ..data.errors import InputError, input_errors, write_errors
 from ..heads import SCORE_THRESHOLD
 from ..postprocess import DETECTIONS_PER_IMAGE
-from . import processes
 
 NOTES = "msad.json"
 OPSET = 20
@@ -34,7 +33,7 @@ class Exported(nn.Module):
         super().__init__()
         self.model = model.folded().cpu().requires_grad_(False)
         self.branch = branch
-        self.autocast = processes.autocast(torch.device("cpu"), precision)
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
     def forward(self, images):
         model = self.model

@@ -13,8 +13,6 @@ ENOUGH = 20  # boxes on which advice may rest
 def describe_levels(config, annotations, short_side, long_side, device):
     """A line on how many of the boxes each aligned level learns, and on what to change if the finest learns few."""
     learned = boxes_of_levels(config, annotations, short_side, long_side, device)
-    if not learned.numel():
-        return "levels    no box to learn from"
     shares = 100 * learned.float().mean(1)
     percent, strides = (", ".join(f"{number:.0f}" for number in numbers) for numbers in (shares, align.STRIDES))
     line = f"levels    {percent} % of {learned.shape[1]} boxes learn at strides {strides} (some at several)"
@@ -30,8 +28,8 @@ def boxes_of_levels(config, annotations, short_side, long_side, device):
     """
     head = HEADS[config.head](32, len(config.classes), 32, 1, config.object_scale).to(device)
     trainable = annotations.trainable()
-    learned = [torch.zeros(len(align.STRIDES), 0, dtype=torch.bool, device=device)]
-    for index in trainable[:: -(-len(trainable) // PICTURES) or 1]:
+    learned = []
+    for index in trainable[:: -(-len(trainable) // PICTURES)]:
         height, width = fitted_size(*map(int, annotations.sizes[index]), short_side, long_side)
         boxes, _ = annotations.objects(index)
         boxes = torch.from_numpy(boxes).to(device) * (height / int(annotations.sizes[index][0]))

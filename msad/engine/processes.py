@@ -1,7 +1,6 @@
 """How a script runs: its command line and its end, its device, alone or as one of torchrun's processes."""
 
 import argparse
-import contextlib
 import datetime
 import io
 import os
@@ -16,13 +15,17 @@ from ..data.errors import InputError, input_errors
 # Memory of sizes that vary from batch to batch is not kept in pieces that fit no other.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 PATIENCE = datetime.timedelta(hours=1)  # until a process that waits for the others gives up: as long as an evaluation
-# Out of memory in the words of CUDA, a CPU, and CUDA's libraries.
-NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
+INTERRUPTED = 130  # the exit code of what was stopped
 LESS_MEMORY = (
-    "a larger --accumulate, which --resume takes, or, with a new --out, a smaller --batch or smaller --short-sides and "
-    "--long-side, or --precision bf16"
+    "out of memory: try a larger --accumulate, which --resume takes, or, with a new --out, a smaller --batch or "
+    "smaller --short-sides and --long-side, or --precision bf16"
 )
 MENDS = {  # for what an error says of the machine's limits; the first that fits counts
+    "MemoryError": LESS_MEMORY,  # Python's and PyTorch's; then the words of CUDA, a CPU, and CUDA's libraries
+    "out of memory": LESS_MEMORY,
+    "can't allocate memory": LESS_MEMORY,
+    "STATUS_ALLOC_FAILED": LESS_MEMORY,
+    "unable to find an engine": LESS_MEMORY,
     "Too many open files": "too few files may be open at a time: raise the limit (ulimit -n), or try fewer --workers",
     "shared memory": "no room in /dev/shm for the workers: fewer --workers, or docker run --ipc=host",
     "DataLoader worker (pid": "a worker died: try fewer --workers",  # an error within one names no pid
@@ -69,7 +72,7 @@ def run_script(main):
     try:
         code = main()
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     except Exception as error:
         reason = str(error) if isinstance(error, InputError) else explain(error)
         if not reason:
@@ -81,8 +84,6 @@ def run_script(main):
         code = 2
     if dist.is_initialized() and code:
         # Others may wait for this process in a collective: it leaves at once, and torchrun ends them.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -91,9 +92,7 @@ def run_script(main):
 
 def explain(error):
     """What to do about an error that comes from the machine's limits, or None for any other."""
-    text = "" if isinstance(error, InputError) else str(error)  # such an error says it itself
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in NO_MEMORY):
-        return f"out of memory: try {LESS_MEMORY}"
+    text = "" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"  # an InputError says it itself
     return next((mend for sign, mend in MENDS.items() if sign in text), None)
 
 
@@ -165,27 +164,13 @@ def print_once(line):
         print(line, flush=True)
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def main_first():
-    """A context through which the main process goes before the others: what it writes there, they find."""
-    if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
-
-
 def parallel(model, norm):
-    """The model wrapped so that gradients are averaged over processes; alone, the model itself.
+    """The model in training mode, wrapped so that gradients are averaged over processes; alone, the model itself.
 
     `norm` says whose statistics BatchNorm uses in training: those of all processes ("sync"; on CUDA), of each process's
     own images ("local"), or those it starts with ("frozen", see `set_training`).
     """
+    set_training(model, norm)
     if not dist.is_initialized():
         return model
     cuda = next(model.parameters()).is_cuda

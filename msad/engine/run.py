@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -23,14 +22,7 @@ from . import checkpoint, cost, drawing, evaluation, levels, processes
 from .files import open_locked, sync
 from .optimizer import restore_state
 
-INTERRUPTED = 130  # the exit code of a run that was stopped
 SAME_REQUEST = 10  # seconds in which another SIGTERM is the same request: a cluster sends one, and torchrun one more
-
-
-def find_checkpoint(out, resume):
-    """The content of OUT/last.pt if a run goes on from it, else None."""
-    path = Path(out) / "last.pt"
-    return checkpoint.read(path) if resume and path.exists() else None
 
 
 def open_folder(out, resume):
@@ -47,14 +39,12 @@ def open_folder(out, resume):
             log = open_locked(out / "log.jsonl")
         elif resume and not (out / "last.pt").exists():
             print(f"{out} holds no checkpoint yet: starting from the beginning")
-    processes.barrier()
     return log
 
 
 def keep_earlier(out, names=("last.pt", "log.jsonl", "curve.png", "sheet.jpg")):
     """Give the files of an earlier run a number of their own -> whether there were any."""
-    files = [out / name for name in names]
-    files = [path for path in files if path.exists() and path.stat().st_size]
+    files = [path for path in map(out.joinpath, names) if path.exists() and path.stat().st_size]
     if files:
         number = 1
         while any(path.with_stem(f"{path.stem}.{number}").exists() for path in files):
@@ -70,6 +60,7 @@ def print_header(settings, model, train, val, device, out):
     if not processes.is_main():
         return
     config, photos = model.config, len(train.trainable())
+    epochs = settings.iters * settings.batch / photos
     head = f"{config.head} {config.head_convs}x{config.head_channels}"
     side = -(-config.short_side // config.pad) * config.pad
     counted = cost.count_cost(model, model.branches[0], side, side)
@@ -78,12 +69,10 @@ def print_header(settings, model, train, val, device, out):
     print(f"val       {val.summary()}")
     print(f"model     {config.kind}: {config.backbone} x{config.width:g}, FPN {config.fpn_channels}, {head}")
     print(f"cost      {cost.cost_line(model.branches[0], counted)}")
-    print(
-        f"schedule  {settings.recipe} recipe: {settings.iters} iterations of {settings.batch} images = "
-        f"{settings.iters * settings.batch / photos:.3g} epochs of {photos} images with boxes, "
-        f"{settings.optimizer}, lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up, "
-        f"seed {settings.seed}"
-    )
+    length = f"{settings.iters} iterations of {settings.batch} images"
+    length += f" = {epochs:.3g} epochs of {photos} images with boxes"
+    rate = f"lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up"
+    print(f"schedule  {settings.recipe} recipe: {length}, {settings.optimizer}, {rate}, seed {settings.seed}")
     print(levels.describe_levels(config, train, short_side, settings.long_side, "cpu"))
     threads = f"{processes.world_size()} process(es) of {torch.get_num_threads()} threads"
     print(f"device    {processes.describe(device)}, {settings.precision}, {threads}")
@@ -94,8 +83,8 @@ def check_finite(iteration, numbers):
     """Raise InputError, with every part of the loss, unless all {name: number} of an iteration are finite."""
     if not all(map(math.isfinite, numbers.values())):
         parts = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
-        mend = "the last checkpoint is good: start again with a lower --lr"
-        raise InputError(f"iteration {iteration}: the loss or its gradient is not finite ({parts}); {mend}")
+        fault = f"the loss or its gradient is not finite ({parts})"
+        raise InputError(f"iteration {iteration}: {fault}; start again with a lower --lr, in a new --out")
 
 
 def train_loader(dataset, multiple, settings, first, device):
@@ -123,8 +112,8 @@ class Run:
             with self.log_errors():
                 log.truncate(min(length, log.tell()))
                 log.seek(0, os.SEEK_END)
-        self.asked_to_stop = None  # when this process was, and whether all of them stop after this iteration
-        self.stops = False
+        self.asked_to_stop = None  # when this process was
+        self.stops = False  # whether all processes stop after this iteration
         self.collected, self.waited = [], 0.0  # the step's scalars, by part; seconds without a batch
 
     def __enter__(self):
@@ -174,12 +163,11 @@ class Run:
 
     def timed(self, batches):
         """Yield batches, and add up the seconds that they had to be waited for."""
-        batches = iter(batches)
-        while True:
-            began = time.monotonic()
-            batch = next(batches)
+        began = time.monotonic()
+        for batch in batches:
             self.waited += time.monotonic() - began
             yield batch
+            began = time.monotonic()
 
     def collect(self, loss, losses, **more):
         """Keep the scalars of a part of the batch, losses as {branch: {part: scalar}}, until the step's end."""

@@ -8,6 +8,7 @@ from argparse import SUPPRESS, Namespace
 from dataclasses import fields
 from typing import NamedTuple
 
+from .. import align
 from ..backbone import LAYERS, WIDTHS
 from ..data.errors import InputError, checkpoint_errors
 from ..models import HEADS, ModelConfig
@@ -17,7 +18,7 @@ from . import processes
 class Setting(NamedTuple):
     """A setting, and the flag of the same name."""
 
-    default: object  # with the type of the flag's value; of an integer list the flag takes several
+    default: object  # its type is the flag's; a list stands for several integers
     help: str
     choices: tuple = ()
     least: float = 1  # of numbers
@@ -25,22 +26,21 @@ class Setting(NamedTuple):
 
 # The recipes: what each changes in COCO's. small draws shapes and needs no GPU, laptop trains on photos without a GPU,
 # photos on one GPU.
-SMALL = {
-    "short_sides": [256], "test_side": 256, "long_side": 512,
-    "backbone": "resnet18", "width": 0.25, "weights": "none", "fpn_channels": 64, "head_channels": 64, "head_convs": 2,
-    "object_scale": 0.68, "iters": 1200, "batch": 8, "lr": 0.008, "optimizer": "adamw", "weight_decay": 0.05,
-    "schedule": "cosine", "warmup": 200, "clip": 5.0, "workers": 0, "eval_every": 600, "save_every": 250,
+SHORT = {  # what short runs have in common
+    "optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmup": 100, "clip": 5.0, "save_every": 250,
 }  # fmt: skip
-LAPTOP = {
+NO_GPU = {"backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "workers": 0}
+SMALL = SHORT | NO_GPU | {
+    "short_sides": [256], "test_side": 256, "long_side": 512, "width": 0.25, "weights": "none", "object_scale": 0.68,
+    "iters": 1200, "batch": 8, "lr": 0.008, "warmup": 200, "eval_every": 600,
+}  # fmt: skip
+LAPTOP = SHORT | NO_GPU | {
     "short_sides": [224, 240, 256, 272, 288], "test_side": 256, "long_side": 448,
-    "backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "norm": "frozen",
-    "batch": 4, "lr": 4e-4, "optimizer": "adamw", "weight_decay": 0.05,
-    "schedule": "cosine", "warmup": 100, "clip": 5.0, "workers": 0, "save_every": 250,
+    "batch": 4, "lr": 4e-4, "norm": "frozen",
 }  # fmt: skip
-PHOTOS = {
-    "short_sides": list(range(512, 641, 32)), "test_side": 640, "long_side": 1066, "norm": "frozen",
-    "batch": 8, "lr": 2e-4, "optimizer": "adamw", "weight_decay": 0.05,
-    "schedule": "cosine", "warmup": 100, "clip": 5.0, "workers": 2, "save_every": 250,
+PHOTOS = SHORT | {
+    "short_sides": list(range(512, 641, 32)), "test_side": 640, "long_side": 1066,
+    "batch": 8, "lr": 2e-4, "norm": "frozen", "workers": 2,
 }  # fmt: skip
 RECIPES = {"small": SMALL, "laptop": LAPTOP, "photos": PHOTOS, "coco": {}}
 # RetinaNet's towers have no normalisation: with the small recipe it takes smaller steps, and more of them.
@@ -190,8 +190,8 @@ def check_settings(settings):
     multiple = HEADS[settings.head].channel_multiple
     if settings.head_channels % multiple:
         raise InputError(f"--head-channels must be a multiple of {multiple} for {settings.head}")
-    if settings.pad % 64:
-        raise InputError("--pad must be a multiple of 64, or the two pyramids do not align")
+    if settings.pad % align.MULTIPLE:
+        raise InputError(f"--pad must be a multiple of {align.MULTIPLE}, or the two pyramids do not align")
 
 
 def resume_settings(typed, own, content, path):

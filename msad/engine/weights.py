@@ -135,9 +135,7 @@ def download(name, weights):
     """The state dict of a model of torchvision's, trained, from PyTorch's cache of downloads. Raises InputError."""
     url = torchvision.models.get_model_weights(name)[weights].url
     file = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
-    mend = "give a file (--weights FILE) or start from nothing (--weights none)"
-    if file.exists():
-        mend = f"delete {file}, which is damaged or another file, to have it downloaded again"
+    mend = f"delete {file} if it is there, give a file (--weights FILE) or start from nothing (--weights none)"
     with input_errors(f"the weights {weights} of {name}", "cannot be loaded", mend, Exception):
         return torchvision.models.get_model(name, weights=weights).state_dict()
 
