@@ -36,9 +36,9 @@ def main():
     out = Path(typed.get("out") or "runs/student")
     saved = checkpoint.read(out / "last.pt") if resume and (out / "last.pt").exists() else None
     known = resume_settings(typed, OWN, saved, out / "last.pt") if saved else typed
-    path = known.get("teacher", "")
+    path = known.get("teacher") or "CKPT"
     if not Path(path).is_file():
-        raise InputError(f"--teacher {path or 'CKPT'}: no such file; say where one is, or make one with train.py")
+        raise InputError(f"--teacher {path}: no such file; say where the teacher is, or make one with train.py")
     teacher_file = checkpoint.read(path, want="teacher")
     known = known if saved else inherit(teacher_file, path) | known
     teacher = checkpoint.restore(teacher_file, path)
