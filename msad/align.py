@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 MULTIPLE = 64
 STRIDES = (8, 16, 32, 64, 128)  # of the aligned levels, in H's pixels
-LEVELS = {"high": (3, 4, 5, 6, 7), "low": (2, 3, 4, 5, 6)}  # that are read of the pyramid of each input
+LEVELS = {"high": (3, 4, 5, 6, 7), "low": (2, 3, 4, 5, 6)}  # of the pyramid, that each input reads
 
 
 def downsample(high, mode="area"):

@@ -77,7 +77,7 @@ class FCOSHead(nn.Module):
         points, strides = self.locations(sizes, boxes[0].device)
         pairs = [self.assign_image(points, strides, b, l) for b, l in zip(boxes, labels)]
         labels, distances = (torch.stack(column) for column in zip(*pairs))
-        objects = heads.find_objects(labels, self.classes)
+        objects = heads.object_mask(labels, self.classes)
         centerness = centerness_target(distances) * objects
         totals = torch.stack([objects.sum(), centerness.sum()])
         targets = {"labels": labels, "distances": distances, "objects": objects, "centerness": centerness}

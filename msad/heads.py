@@ -65,7 +65,7 @@ def flatten_cells(x, channels):
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels)  # len(x) would be a fixed number in an export
 
 
-def find_objects(labels, classes):
+def object_mask(labels, classes):
     """Labels (N,R) -> 1.0 where there is an object (N,R), 0.0 where there is background or something to ignore."""
     return ((labels >= 0) & (labels < classes)).float()
 
@@ -81,7 +81,7 @@ def focal_loss(logits, labels):
     everywhere = (absent * (labels >= 0)).sum()
     own = upcast(logits.gather(-1, labels.clamp(0, classes - 1)[..., None]).squeeze(-1))
     present = ALPHA * (1 - own.sigmoid()) ** 2 * F.softplus(-own)
-    return everywhere + ((present - loss_of_absent(own)) * find_objects(labels, classes)).sum()
+    return everywhere + ((present - loss_of_absent(own)) * object_mask(labels, classes)).sum()
 
 
 def upcast(logits):

@@ -27,7 +27,7 @@ def postprocess(head, outputs, map_sizes, frames, originals, threshold=0.0, max_
         if not logits.is_cuda:
             likely = likely[logits.amax(-1).float().sigmoid() > SCORE_THRESHOLD]
         boxes, scores = head.decode({name: value[number, likely] for name, value in outputs.items()}, map_sizes, likely)
-        # Candidates are pairs of a location and a class whose box has an area within the image.
+        # A candidate is a pair of a location, whose box has an area within the image, and a class.
         height, width = frame
         inside = clip_boxes_to_image(boxes, (height, width))
         wanted = (inside[:, 2:] > inside[:, :2]).all(1, keepdim=True) & (scores >= threshold)

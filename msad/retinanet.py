@@ -61,7 +61,7 @@ class RetinaNetHead(nn.Module):
         anchors = self.anchor_boxes(sizes, boxes[0].device)
         pairs = [self.assign_image(anchors, b, l) for b, l in zip(boxes, labels)]
         labels, deltas = (torch.stack(column) for column in zip(*pairs))
-        objects = heads.find_objects(labels, self.classes)
+        objects = heads.object_mask(labels, self.classes)
         return {"labels": labels, "deltas": deltas, "objects": objects, "totals": objects.sum()[None]}
 
     def assign_image(self, anchors, boxes, labels):
