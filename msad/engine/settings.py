@@ -128,7 +128,7 @@ def parse_flags(description, own):
                 metavar=None if setting.choices else "X" if isinstance(setting.default, str) else "N",
                 help=setting.help + defaults_text(name, setting, {} if rows is own else RECIPES),
             )
-    group.add_argument("--resume", action="store_true", default=False, help="go on from OUT/last.pt")  # "the run"
+    group.add_argument("--resume", action="store_true", default=False, help="go on from OUT/last.pt")
     typed = vars(parser.parse_args())
     for name, setting in (row for rows in groups.values() for row in rows.items()):
         value = typed.get(name, [])
