@@ -206,6 +206,7 @@ DAMAGED_EXIF = {  # -> whether the orientation, 6 in all of them, is still to be
     "cut off": (exif(TURNED, entry(0x010F, 2, 40, after(2)))[:-3], True),
     "an IFD that follows itself": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + TURNED + struct.pack("<I", 8), True),
     "resolution n/0": (exif(TURNED, entry(0x011A, 5, 1, after(2)), tail=struct.pack("<II", 72, 0)), True),
+    "unit as text": (exif(TURNED, entry(0x0128, 2, 4, b"two\0")), True),
     "an IFD outside": (exif(TURNED, entry(0x8769, 4, 1, struct.pack("<I", 99_999))), True),
     "a pair of orientations": (exif(entry(0x0112, 3, 2, b"\6\0\6\0")), True),
     "orientation as text": (exif(entry(0x0112, 2, 2, b"6\0\0\0")), False),
