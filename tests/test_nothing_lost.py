@@ -230,7 +230,7 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path
 
     def change():
         pausing(tmp_path)()
-        pausing(again, drawing, "sheet", 1)()
+        pausing(again, drawing, "spread_indices", 1)()
 
     first = Process(tmp_path, script, *flags, "--out", out, change=change)
     first.wait_until((tmp_path / "waits").exists)
@@ -284,7 +284,7 @@ def test_whatever_befalls_a_worker_ends_the_run_with_its_line(squares, tmp_path,
     accident, expected, patience = WORKERS[case]
 
     def change():
-        dataset.read_image, dataset.PATIENCE, dataset.SECONDS_MORE = accident, patience, 1
+        dataset.read_image, dataset.WORKER_PATIENCE, dataset.SECONDS_MORE = accident, patience, 1
 
     flags = [*TINY, "--data", squares, "--res", "low", "--workers", 1, "--iters", 3, "--out", tmp_path / "out"]
     code, lines = Process(tmp_path, train, *flags, change=change).end()
