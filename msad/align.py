@@ -26,15 +26,12 @@ LEVELS = {"high": (3, 4, 5, 6, 7), "low": (2, 3, 4, 5, 6)}  # of the pyramid, th
 
 
 def downsample(high, mode="area"):
-    """H (N,3,h,w) -> L (N,3,h/2,w/2): the mean of 2x2 pixels, or the authors' every second pixel ("nearest")."""
-    check_sides(*high.shape[-2:])
-    return F.avg_pool2d(high, 2) if mode == "area" else high[:, :, ::2, ::2]
-
-
-def check_sides(height, width):
-    """Raise ValueError unless both sides of H, in pixels, meet the condition above."""
+    """H (N,3,h,w) -> L (N,3,h/2,w/2): the mean of 2x2 pixels, or the authors' every second pixel ("nearest"). Raises
+    ValueError unless both sides of H meet the condition above."""
+    height, width = high.shape[-2:]
     if height % MULTIPLE or width % MULTIPLE:
         raise ValueError(f"the high-resolution input is {height}x{width}: its sides must be multiples of {MULTIPLE}")
+    return F.avg_pool2d(high, 2) if mode == "area" else high[:, :, ::2, ::2]
 
 
 def check_pyramids(one, other):

@@ -121,11 +121,9 @@ class FCOSHead(nn.Module):
         centerness = targets["centerness"]
         box = heads.giou_loss(outputs["distances"], targets["distances"]) * centerness
         center = F.binary_cross_entropy_with_logits(outputs["centerness"], centerness, reduction="none")
-        return {
-            "cls": heads.focal_loss(outputs["logits"], targets["labels"]) / count,
-            "box": box.sum() / total,
-            "centerness": (center * targets["objects"]).sum() / count,
-        }
+        center = (center * targets["objects"]).sum()
+        cls = heads.focal_loss(outputs["logits"], targets["labels"])
+        return {"cls": cls / count, "box": box.sum() / total, "centerness": center / count}
 
     def decode(self, outputs, sizes, where):
         """Outputs (...,S,*) at S locations, `where` (indices (S,) or a slice), for maps of `sizes` [(h,w)] -> boxes

@@ -80,10 +80,8 @@ class RetinaNetHead(nn.Module):
         """Outputs as from `forward` and targets as from `assign` -> {"cls", "box"}: scalars."""
         count = targets["totals"][0].clamp(min=1)
         box = F.smooth_l1_loss(outputs["deltas"], targets["deltas"], beta=BETA, reduction="none").sum(-1)
-        return {
-            "cls": heads.focal_loss(outputs["logits"], targets["labels"]) / count,
-            "box": (box * targets["objects"]).sum() / count,
-        }
+        cls = heads.focal_loss(outputs["logits"], targets["labels"])
+        return {"cls": cls / count, "box": (box * targets["objects"]).sum() / count}
 
     def decode(self, outputs, sizes, where):
         """Outputs (...,S,*) at S anchors, `where` (indices (S,) or a slice), for maps of `sizes` [(h,w)] -> boxes

@@ -10,8 +10,7 @@ def build_optimizer(model, settings):
     """SGD or AdamW over all parameters; normalisation layers have no weight decay."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     plain = [p for m in model.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)]
-    listed = {id(p) for p in plain}
-    decayed = [p for p in model.parameters() if id(p) not in listed]
+    decayed = [p for p in model.parameters() if all(p is not other for other in plain)]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, fused=True)
