@@ -59,4 +59,4 @@ def nothing_is_left_running():
 
 
 def pytest_report_header():
-    return "all tests take about eight minutes on one core; .ci/run runs them in two processes"
+    return "all tests take about six minutes on one core; .ci/run runs them in two processes"
