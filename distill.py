@@ -80,7 +80,7 @@ def main():
             optimizer.zero_grad()
             chunks = next(batches).to(device).chunk(settings.accumulate)
             for batch in chunks:
-                network.require_backward_grad_sync = batch is chunks[-1]  # of DistributedDataParallel
+                network.require_backward_grad_sync = batch is chunks[-1]  # DistributedDataParallel averages once
                 high = student.normalize(batch.images, batch.sizes)  # for both: MEAN and STD are every model's
                 if settings.kd:
                     with torch.no_grad(), autocast:

@@ -77,7 +77,7 @@ def main():
             optimizer.zero_grad()
             chunks = next(batches).to(device).chunk(settings.accumulate)
             for batch in chunks:
-                network.require_backward_grad_sync = batch is chunks[-1]  # of DistributedDataParallel
+                network.require_backward_grad_sync = batch is chunks[-1]  # DistributedDataParallel averages once
                 with autocast:
                     pyramids, outputs = network(model.normalize(batch.images, batch.sizes))
                 losses = model.losses(pyramids, outputs, batch.boxes, batch.labels, processes.mean_over_processes)

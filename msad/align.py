@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 MULTIPLE = 64
 STRIDES = (8, 16, 32, 64, 128)  # of the aligned levels, in H's pixels
-LEVELS = {"high": (3, 4, 5, 6, 7), "low": (2, 3, 4, 5, 6)}  # of the pyramid, that each input reads
+LEVELS = {"high": (3, 4, 5, 6, 7), "low": (2, 3, 4, 5, 6)}  # at which the pyramid of each input is read
 
 
 def downsample(high, mode="area"):
