@@ -32,7 +32,7 @@ def parse():
     add = group.add_mutually_exclusive_group().add_argument
     add("--data", metavar="DIR", help="folder in COCO layout [the one the checkpoint was trained on]")
     add("--images", metavar="PATH", help="instead of --data: a picture, or a folder of pictures")
-    add("--export", metavar="FILE", help="instead: write the network to a .pt2 or .onnx file, and evaluate nothing")
+    add("--export", metavar="FILE", help="instead: write the network to a .pt2 file, and evaluate nothing")
     add = parser.add_argument_group("what is written").add_argument
     add("--per-class", action="store_true", help="also print each class's AP")
     add("--json", metavar="FILE", help="write the numbers, from 0 to 1, and the cost to a file")

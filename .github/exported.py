@@ -1,13 +1,11 @@
 """What evaluate.py --export wrote, run on pictures without the package msad.
 
-    python .github/exported.py student.pt2 PICTURE...     needs torch, torchvision and Pillow
-    python .github/exported.py student.onnx PICTURE...    and onnxruntime
+    python .github/exported.py student.pt2 PICTURE...    needs torch, torchvision and Pillow
 
 It prints what is found, best first: picture, class, score from 0 to 1, and the box x1 y1 x2 y2 in the pixels of the upright picture.
 Copy from here what a program of yours needs: `load` once, then `find` for each picture.
 """
 
-import importlib
 import json
 import sys
 from fractions import Fraction
@@ -22,10 +20,6 @@ from torchvision.transforms.functional import pil_to_tensor
 def load(path):
     """A file -> the network, images (N,3,h,w) uint8 to boxes (N,R,4) and scores (N,R,K), and a dict of what it needs:
     "classes", the sizes of its input, "nms_iou" and others, see msad/engine/export.py."""
-    if path.endswith(".onnx"):
-        session = importlib.import_module("onnxruntime").InferenceSession(path)  # a .pt2 does without it
-        about = session.get_modelmeta().custom_metadata_map["msad.json"]
-        return lambda images: map(torch.from_numpy, session.run(None, {"images": images.numpy()})), json.loads(about)
     extra_files = {"msad.json": ""}
     network = torch.export.load(path, extra_files=extra_files).module()
     return network, json.loads(extra_files["msad.json"])

@@ -38,11 +38,13 @@ ONNX = {"onnxruntime": (0.60, 0.30)} if onnxruntime else {}
 PEERS = ["in bf16"] + ["in onnxruntime"] * bool(onnxruntime)
 
 
-def session(content, threads):
-    """A function that runs an ONNX file's bytes on images."""
+def session(network, images, threads):
+    """A function that runs a network, or a traced one, in onnxruntime on images like these."""
+    file = io.BytesIO()
+    torch.onnx.export(network, (images,), file, input_names=["images"], dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    running = onnxruntime.InferenceSession(content, options)
+    running = onnxruntime.InferenceSession(file.getvalue(), options)
     return lambda images: [torch.from_numpy(output) for output in running.run(None, {"images": images.numpy()})]
 
 
@@ -55,7 +57,9 @@ def forms(channels, threads):
         package = torch._inductor.aoti_compile_and_package(program, package_path=os.path.join(folder, "a.pt2"))
         compiled = torch._inductor.aoti_load_package(package)
     found = {"eager": network, "exported": program.module(), "exported, bf16": in_bf16.module(), "compiled": compiled}
-    return found | ({"onnxruntime": session(export.to_onnx(program, ""), threads)} if onnxruntime else {})
+    if onnxruntime:
+        found["onnxruntime"] = session(program, torch.zeros(export.SAMPLE, dtype=torch.uint8), threads)
+    return found
 
 
 def finish(network, images):
@@ -90,9 +94,7 @@ def peers(threads):
 
     found = {"eager": lambda: detector([images[0]]), "in bf16": in_bf16}
     if onnxruntime:
-        file = io.BytesIO()
-        torch.onnx.export(PeerNetwork(detector), (images,), file, input_names=["images"], dynamo=True, verbose=False)
-        found["in onnxruntime"] = partial(session(file.getvalue(), threads), images)
+        found["in onnxruntime"] = partial(session(PeerNetwork(detector), images, threads), images)
     return found
 
 

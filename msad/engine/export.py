@@ -1,10 +1,10 @@
-"""A model to a file that runs without this package: FILE.pt2 for PyTorch alone, FILE.onnx for onnxruntime and others.
+"""A model to a .pt2 file, which runs without this package, by PyTorch alone.
 
 The exported network takes `images`, uint8 RGB (N,3,h,w): any number of pictures of one size, at the size that the model
 reads. It gives `boxes` (N,R,4) in their pixels, not clipped to them, and `scores` (N,R,K), 0 where the class is below
 the threshold; boxes without any score are 0. Normalisation, padding to the model's multiple and decoding are inside.
 What remains for the caller, resizing, NMS and scaling back, is shown in .github/exported.py; what it takes is in the
-file as JSON (see `describe`), under NOTES in a .pt2's extra files or an .onnx's metadata.
+file as JSON (see `describe`), under NOTES in its extra files. NOTES.md makes an .onnx of it.
 """
 
 import io
@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import align
-from ..data.errors import InputError, input_errors, write_errors
+from ..data.errors import InputError, write_errors
 from ..heads import SCORE_THRESHOLD
 from ..postprocess import DETECTIONS_PER_IMAGE
 
 NOTES = "msad.json"
-OPSET = 20
 SAMPLE = (2, 3, 300, 500)  # to trace with; no two sides alike and no map of one cell, so that none is taken for fixed
 
 
@@ -48,20 +47,16 @@ class Exported(nn.Module):
 
 
 def save(path, model, branch, precision="fp32"):
-    """Write a model, read from a branch, to a .pt2 or .onnx file -> one line on what it takes. Raises InputError."""
-    suffix = Path(path).suffix
-    if suffix not in (".pt2", ".onnx"):
-        raise InputError(f"--export {path}: must end in .pt2 or .onnx")
-    if suffix == ".onnx" and precision != "fp32":
-        raise InputError(f"--precision {precision}: onnxruntime computes in fp32 on a CPU; export to a .pt2")
-    notes = json.dumps(describe(model, branch))
-    mend = "pip install onnx onnxscript, or give a .pt2"
-    with warnings.catch_warnings(), input_errors(f"--export {path}", "a package is missing", mend, ImportError):
+    """Write a model, read from a branch, to a .pt2 file -> one line on what it takes. Raises InputError."""
+    if Path(path).suffix != ".pt2":
+        raise InputError(f"--export {path}: must end in .pt2")
+    file = io.BytesIO()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights in channels_last, which are saved as they should be
         program = trace(Exported(model, branch, precision).eval())
-        content = to_onnx(program, notes) if suffix == ".onnx" else to_pt2(program, notes)
+        torch.export.save(program, file, extra_files={NOTES: json.dumps(describe(model, branch))})
     with write_errors(path):
-        Path(path).write_bytes(content)
+        Path(path).write_bytes(file.getvalue())
     return f"images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,{len(model.config.classes)})"
 
 
@@ -87,18 +82,3 @@ def trace(network):
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
-
-
-def to_pt2(program, notes):
-    """The bytes of a .pt2 file."""
-    file = io.BytesIO()
-    torch.export.save(program, file, extra_files={NOTES: notes})
-    return file.getvalue()
-
-
-def to_onnx(program, notes):
-    """The bytes of an .onnx file."""
-    names = {"input_names": ["images"], "output_names": ["boxes", "scores"]}
-    exported = torch.onnx.export(program, **names, opset_version=OPSET, dynamo=True, verbose=False)
-    exported.model.metadata_props[NOTES] = notes
-    return exported.model_proto.SerializeToString()
