@@ -1,5 +1,5 @@
-"""What is drawn: which boxes, where and in what colour, a labelled panel for each branch, the curve of a run; and
-results for anyone's pictures."""
+"""What is drawn: which boxes, where and in what colour, a labelled panel for each branch; and results for
+anyone's pictures."""
 
 import contextlib
 import json
@@ -264,45 +264,7 @@ def test_what_cannot_be_looked_at_is_one_line(home, tmp_path):
         assert said in complaint(evaluate, "--ckpt", home / "student.pt", *CPU, *flags)
 
 
-def line_of(*points):
-    """Where a chart of a loss up to 200 iterations has its line, without names and axes: (h,w) bool."""
-    where = (np.asarray(drawing.chart({"loss": points}, "AP", 200)) < 90).all(2)
-    where[:38] = where[352:] = False
-    where[:, :58] = False
-    return where
-
-
-def test_points_lie_in_proportion_to_their_axes_and_a_single_one_is_a_dot():
-    line = [(0, 0), (50, 10), (100, 20), (200, 40)]
-    where = line_of(*line)
-    x0, x1 = where.any(0).nonzero()[0][[0, -1]]
-    columns = [round(x0 + (x1 - x0) * x / 200) for x, _ in line]
-    centres = [where[:, column - 1 : column + 2].nonzero()[0].mean() for column in columns]
-    rise = centres[0] - np.array(centres)
-    assert x1 - x0 > 800 and rise[-1] > 200 and rise / rise[-1] * 40 == pytest.approx([0, 10, 20, 40], abs=0.5)
-    y, x = line_of((100, 40)).nonzero()
-    assert 5 <= np.ptp(x) <= 9 and 5 <= np.ptp(y) <= 9 and 450 < x.mean() < 570
-    assert drawing.chart({}, "AP", 1).size == (1000, 380), "nothing at all is no error"
-
-
-def test_a_log_becomes_a_line_for_each_branch(tmp_path, monkeypatch):
-    entries = [{"iteration": i, "lr": 1, "loss": 6 + i, "low/cls": 1.0, "low/box": 2 + i, "kd": 3.0} for i in (0, 10)]
-    entries += [{"done": 11, "branch": branch, "AP": ap} for branch, ap in (("low", 0.25), ("high", -1))]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    charts, chart = [], drawing.chart
-
-    def note(lines, title, right):
-        charts.append((lines, title.split()[0], right))
-        return chart(lines, title, right)
-
-    monkeypatch.setattr(drawing, "chart", note)
-    drawing.curve((tmp_path / "log.jsonl").read_text())
-    losses = {"loss": [(0, 6), (10, 16)], "low": [(0, 3), (10, 13)], "kd": [(0, 3), (10, 3)]}
-    assert charts == [(losses, "loss", 11), ({"low": [(11, 25)], "high": [(11, 0)]}, "AP", 11)]
-    assert list(charts[0][0]) == ["loss", "low", "kd"] and len(set(drawing.HUES.values())) == 5
-
-
-def test_runs_end_with_a_curve_and_a_sheet_of_every_branch(home, tmp_path, written):
+def test_runs_end_with_a_sheet_of_every_branch(home, tmp_path, written):
     teacher = ["--teacher", tmp_path / "teacher" / "last.pt"]
     for name, script, flags, branches in (
         ("teacher", train, [], ["teacher @ fused", "teacher @ high", "teacher @ low"]),
@@ -310,10 +272,9 @@ def test_runs_end_with_a_curve_and_a_sheet_of_every_branch(home, tmp_path, writt
     ):
         written.clear()
         printed = succeed(script, *TINY, "--iters", 1, "--data", home / "data", "--out", tmp_path / name, *flags)
-        assert f"pictures {tmp_path}/{name}/curve.png, {tmp_path}/{name}/sheet.jpg" in printed.splitlines()[-2]
+        assert f"pictures {tmp_path}/{name}/sheet.jpg" in printed.splitlines()[-2]
         assert printed.splitlines()[-1].startswith("next: python")
         assert [text for text in written if "@" in text or "truth" in text] == 5 * ["ground truth", *branches]
-        assert Image.open(tmp_path / name / "curve.png").size == (1032, 808)
         width, height = Image.open(tmp_path / name / "sheet.jpg").size
         assert 1500 < width < 1800 and height > 1000
 

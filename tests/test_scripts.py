@@ -75,7 +75,7 @@ def home(tmp_path_factory):
 def test_a_run_leaves_its_model_and_log_and_names_the_next_command(home, name):
     script, _, kind, branches = RUNS[name]
     count, batch = LENGTHS.get(name, (4, 2))
-    assert sorted(path.name for path in (home / name).iterdir()) == ["curve.png", "last.pt", "log.jsonl", "sheet.jpg"]
+    assert sorted(path.name for path in (home / name).iterdir()) == ["last.pt", "log.jsonl", "sheet.jpg"]
     content = torch.load(home / name / "last.pt", weights_only=True)
     model = checkpoint.load(home / name / "last.pt")
     assert type(model) is kind and sorted(model.branches) == branches and not model.training
@@ -183,6 +183,6 @@ def test_a_new_run_keeps_an_earlier_one_s_files(home, tmp_path):
     for seed in (1, 2):
         succeed(train, *flags, "--seed", seed)
     kept = {path.name: digest(path) for path in out.iterdir()}
-    assert len(kept) == 12 and {"curve.1.png", "curve.2.png", "sheet.1.jpg", "sheet.2.jpg"} < set(kept)
+    assert len(kept) == 9 and {"sheet.1.jpg", "sheet.2.jpg"} < set(kept)
     assert len({digest for name, digest in kept.items() if name.startswith(("last", "log"))}) == 6
     assert kept["last.1.pt"] == first["last.pt"] and kept["log.1.jsonl"] == first["log.jsonl"]

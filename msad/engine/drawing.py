@@ -1,14 +1,12 @@
-"""Pictures of what a model finds, and the curve of a run, drawn with Pillow.
+"""Pictures of what a model finds, drawn with Pillow.
 
 A panel is one image with one set of boxes, under its label; a strip is all panels of an image side by side; a sheet is
 strips of several images. Everything is drawn after the image was brought to the panel's size, so lines stay thin and
 text stays readable however small or large the file is.
 """
 
-import json
 import os
 import sys
-from collections import Counter, defaultdict
 from itertools import accumulate
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from ..data.reading import read_image
 
 THRESHOLD = 0.4  # score below which nothing is drawn
 SIDE = 512  # pixels of a panel's long side
-INK, PAPER, GREY = (40, 40, 40), (255, 255, 255), (225, 225, 225)
+INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def columns_of(name, model, branches):
@@ -94,11 +92,9 @@ def panel(image, found, classes, label, threshold=THRESHOLD, side=SIDE):
 
 
 def color(index):
-    """A colour for a class or a line: steps of the golden angle, so that neighbours differ most."""
+    """A colour for a class: steps of the golden angle, so that neighbours differ most."""
     return ImageColor.getrgb(f"hsv({(209 + 137.508 * index) % 360:.0f},80%,{(75, 95)[index % 2]}%)")
 
-
-HUES = {"loss": INK, "fused": color(0), "high": color(1), "low": color(2), "kd": color(3)}  # of the lines of a chart
 
 
 def read_all(source):
@@ -132,56 +128,12 @@ def save(picture, out, number, file):
         picture.save(path, quality=92, subsampling=0)
 
 
-def draw_run(out, log, annotations, columns, autocast):
-    """Write OUT/curve.png and OUT/sheet.jpg -> a line that names them. No run fails for a picture's sake.
-
-    `log` is the run's, open; `columns` are what is drawn beside the ground truth, as from `columns_of`.
-    """
+def draw_run(out, annotations, columns, autocast):
+    """Write OUT/sheet.jpg, in which `columns` (as from `columns_of`) are beside the ground truth -> a line that names
+    it. No run fails for a picture's sake."""
     try:
-        log.seek(0)
-        curve(log.read().decode()).save(out / "curve.png")
         strips = [compare(annotations, i, columns, autocast, side=400) for i in spread_indices(annotations, 6)]
         join(strips, down=True, gap=0).save(out / "sheet.jpg", quality=92, subsampling=0)
     except Exception as error:  # whatever it is, the checkpoint is written and the results are known
         return f"pictures could not be drawn ({type(error).__name__}: {error})"
-    return f"pictures {out / 'curve.png'}, {out / 'sheet.jpg'}"
-
-
-def curve(log):
-    """The text of a run's log.jsonl -> a picture: its losses, and AP where it was evaluated, over the iterations."""
-    losses, scores = defaultdict(list), defaultdict(list)
-    for entry in map(json.loads, log.splitlines()):
-        right = entry.get("done", entry.get("iteration"))
-        if "branch" in entry:
-            scores[entry["branch"]].append((right, 100 * max(0, entry["AP"])))
-            continue
-        parts = Counter()  # the parts of a branch's loss, "high/cls" and others, are summed up
-        for name, value in entry.items():
-            parts[name.split("/")[0]] += value
-        for name in [name for name in HUES if name in parts]:
-            losses[name].append((right, parts[name]))
-    return join([chart(losses, "loss over iterations", right), chart(scores, "AP over iterations", right)], down=True)
-
-
-def chart(lines, title, right):
-    """Lines {name: [(x, y)]} from 0 to `right` and from 0 up, with axes and names."""
-    font, canvas = ImageFont.load_default(45), Image.new("RGB", (3000, 1140), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    x0, y0, x1, y1 = 180, 120, canvas.width - 72, canvas.height - 90
-    values = [y for line in lines.values() for _, y in line]
-    top = 1.08 * np.quantile(values, 0.99, method="higher") if any(values) else 1  # a few outliers are cut off
-    at = lambda x, y: (x0 + (x1 - x0) * x / right, max(y0, y1 - (y1 - y0) * y / top))
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        x, y = at(part * right, part * top)
-        pen.line([x0, y, x1, y], GREY, 3)
-        pen.text((x0 - 24, y), f"{part * top:.3g}", INK, font, anchor="rm")
-        pen.text((x, y1 + 27), f"{part * right:g}", INK, font, anchor="mt")
-    pen.text((x0, y0 / 2), title, INK, font, anchor="lm")
-    x = x1
-    for name, line in reversed(lines.items()):
-        pen.line([at(*point) for point in line], HUES[name], 6, joint="curve")
-        pen.circle(at(*line[-1]), 9, HUES[name])  # of a single point nothing else is seen
-        text = f"{name} {line[-1][1]:.1f}   "
-        x -= font.getlength(text)
-        pen.text((x, y0 / 2), text, HUES[name], font, anchor="lm")
-    return canvas.reduce(3)  # which smooths the lines
+    return f"pictures {out / 'sheet.jpg'}"

@@ -42,7 +42,7 @@ def open_folder(out, resume):
     return log
 
 
-def keep_earlier(out, names=("last.pt", "log.jsonl", "curve.png", "sheet.jpg")):
+def keep_earlier(out, names=("last.pt", "log.jsonl", "sheet.jpg")):
     """Give the files of an earlier run a number of their own -> whether there were any."""
     files = [path for path in map(out.joinpath, names) if path.exists() and path.stat().st_size]
     if files:
@@ -259,7 +259,7 @@ class Run:
         path = self.out / "last.pt"
         print(evaluation.table(rows))
         print(f"checkpoint {path}, log {self.out / 'log.jsonl'}")
-        print(drawing.draw_run(self.out, self.log, self.validation_set.annotations, columns, self.autocast))
+        print(drawing.draw_run(self.out, self.validation_set.annotations, columns, self.autocast))
         print(f"next: {shlex.join(['python', *next_command, path.as_posix()])}")
 
 
