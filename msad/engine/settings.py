@@ -63,7 +63,7 @@ SETTINGS = {
         "head": Setting("fcos", "detection head", tuple(HEADS)),
         "backbone": Setting("resnet50", "backbone", tuple(LAYERS)),
         "width": Setting(1.0, "the backbone's width", WIDTHS),
-        "weights": Setting("imagenet", "start: imagenet, coco (a detector), none or a FILE"),
+        "weights": Setting("imagenet", "start: imagenet, none or a FILE"),
         "fpn_channels": Setting(256, "channels of the pyramid"),
         "head_channels": Setting(256, "channels of the head's towers"),
         "head_convs": Setting(4, "convolutions in each tower"),
@@ -203,7 +203,7 @@ def resume_settings(typed, own, content, path):
     if stored.keys() != COCO.keys() | own.keys():
         raise InputError(f"{path}: is another script's run; resume it with that one")
     changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != stored[name]]
-    if {typed.get("weights"), stored["weights"]}.isdisjoint(("imagenet", "coco", "teacher", "none")):
+    if {typed.get("weights"), stored["weights"]}.isdisjoint(("imagenet", "teacher", "none")):
         changed = [name for name in changed if name != "weights"]  # a file, of which only the start had need
     if changed:
         flags = ", ".join(f"{flag(name)} {typed[name]} (was {stored[name]})" for name in changed)
