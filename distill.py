@@ -60,8 +60,7 @@ def main():
     # Models and optimizer.
     torch.manual_seed(settings.seed)
     student = checkpoint.restore(saved, out / "last.pt") if saved else new_student(settings, teacher)
-    layout = processes.training_layout(device, settings.precision)
-    network = processes.parallel(student.to(device, memory_format=layout), settings.norm)
+    network = processes.parallel(student, device, settings)
     optimizer = build_optimizer(student, settings)
     teacher = distillation.freeze(teacher, settings.precision).to(device)
 

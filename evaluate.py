@@ -53,10 +53,8 @@ def parse():
     if args.teacher and not args.draw:
         parser.error("--teacher: is drawn beside the checkpoint; add --draw")
     numbers = args.json or args.detections or args.per_class
-    if args.images and numbers:
-        parser.error("--json, --detections, --per-class: of no use with --images, where nothing is annotated")
-    if args.export and (numbers or args.draw):
-        parser.error("--json, --detections, --per-class, --draw: of no use with --export, which looks at no picture")
+    if args.images and numbers or args.export and (numbers or args.draw):
+        parser.error("--json, --detections, --per-class: of no use with --images or --export, nor --draw with --export")
     return args
 
 

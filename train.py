@@ -59,8 +59,7 @@ def main():
         model = models.build(model_config(settings, kind, train.classes))
         if settings.weights != "none":
             load_weights(model, settings.weights)
-    layout = processes.training_layout(device, settings.precision)
-    network = processes.parallel(model.to(device, memory_format=layout), settings.norm)
+    network = processes.parallel(model, device, settings)
     optimizer = build_optimizer(model, settings)
 
     # Pictures: a low-resolution model reads them at low resolution.

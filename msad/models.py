@@ -55,16 +55,14 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.branches = branches or (config.kind,)
-        self.is_folded = False
         self.scale = 2 if config.kind == "low" else 1  # H's pixels per pixel of this model's input
         self.multiple = config.pad // self.scale  # of which the sides of this model's input are multiples
         self.downsample = config.downsample if self.scale == 2 else None  # how its input is made of H; None: it is H
         self.box_scales = dict.fromkeys(self.branches, self.scale)  # pixels of its boxes per pixel of the model's input
         self.backbone = ResNet(config.backbone, config.width)
         self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels or align.LEVELS[config.kind])
-        self.head = HEADS[config.head](
-            config.fpn_channels, len(config.classes), config.head_channels, config.head_convs, config.object_scale
-        )
+        details = len(config.classes), config.head_channels, config.head_convs, config.object_scale
+        self.head = HEADS[config.head](config.fpn_channels, *details)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
@@ -167,7 +165,6 @@ class Detector(nn.Module):
         autocast would cast them anew at every call."""
         model = copy.deepcopy(self).eval()
         fold_batchnorm(model.backbone)
-        model.is_folded = True
         if precision == "bf16":
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import distill
@@ -47,9 +48,8 @@ def data(tmp_path_factory):
 
 def step(kind, head, norm, device, rank=0, count=1):
     """Outputs, losses and gradients, on the CPU, of a training step in fp32 with a process's part of a batch."""
-    model = tiny_model(kind, head=head).to(device)
-    network = processes.parallel(model, norm)
-    processes.set_training(model, norm)
+    model = tiny_model(kind, head=head)
+    network = processes.parallel(model, torch.device(device), Namespace(norm=norm, precision="fp32"))
     mine = slice(rank * len(COUNTS) // count, (rank + 1) * len(COUNTS) // count)
     images, boxes, labels = (batch[mine] for batch in random_batch(COUNTS))
     pyramids, outputs = network((images[:, :, ::2, ::2] if kind == "low" else images).to(device))

@@ -233,25 +233,6 @@ def test_a_png_with_large_texts_and_a_large_profile_is_read(tmp_path):
     assert (read(tmp_path / "a.png") == PIXELS).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"exif": ROTATED}, {"progressive": True, "quality": 20}])
-def test_a_jpeg_that_lacks_nothing_but_the_mark_at_its_end_is_whole(tmp_path, options):
-    path, refused = tmp_path / "a.jpg", 0
-    content = encoded(Image.fromarray(PIXELS), "JPEG", **options)
-    path.write_bytes(content)
-    whole = read(path)
-    assert whole.shape == ((18, 13, 3) if "exif" in options else (13, 18, 3))
-    for ending in (b"", b"\xff", b"\xff\xff\xff", bytes(9), b"\xff\xd9", b"\xff\xd9 and more"):
-        path.write_bytes(content[:-2] + ending)
-        assert (read(path) == whole).all(), ending
-    for missing in (20, len(content) // 3) if "progressive" in options else range(1, 200, 5):
-        path.write_bytes(content[:-missing])
-        try:
-            assert (read(path) == whole).all(), missing
-        except InputError:
-            refused += 1
-    assert refused > (30 if "progressive" not in options else 1), "what lacks more, or else its pixels are as they were"
-
-
 def test_a_png_that_lacks_nothing_but_its_end_is_read(tmp_path):
     content = encoded(Image.fromarray(PIXELS), "PNG")
     for missing in (1, 4, 12):

@@ -1,5 +1,7 @@
 """The detectors: what reaches the network, pyramids to losses for every kind and head, and a head nobody has seen."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from folders import draw_rectangles
@@ -122,7 +124,7 @@ def test_one_image_of_the_smallest_size_cannot_be_trained_on():
     assert "one image of one cell is too little for BatchNorm" in processes.explain(caught.value)
     tiny_model("low").train()(torch.randn(2, 3, 32, 32)), tiny_model("low")(torch.randn(1, 3, 32, 32))
     frozen = tiny_model("low")
-    processes.set_training(frozen, "frozen")
+    processes.parallel(frozen, torch.device("cpu"), Namespace(norm="frozen", precision="fp32"))
     frozen(torch.randn(1, 3, 32, 32))
 
 

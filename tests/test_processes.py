@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import distill
@@ -56,8 +57,7 @@ def gradients(kind, head, counts, rank=0, count=1):
     torch.manual_seed(0)
     model = models.build(tiny_config(kind, head=head))
     randomize(model)
-    network = processes.parallel(model, "frozen")
-    processes.set_training(model, "frozen")
+    network = processes.parallel(model, torch.device("cpu"), Namespace(norm="frozen", precision="fp32"))
     images, boxes, labels = random_batch(counts)
     mine = slice(rank * len(counts) // count, (rank + 1) * len(counts) // count)
     if kind == "low":

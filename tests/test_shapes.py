@@ -46,7 +46,8 @@ def test_files_are_the_same_in_another_process_with_other_hashes(tmp_path, few):
 
 
 def test_the_folder_is_in_coco_layout_and_holds_what_was_drawn(tmp_path, few):
-    folder = shapes.prepare(tmp_path / "deep" / "shapes")
+    folder = tmp_path / "deep" / "shapes"
+    shapes.prepare(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["shapes"]
     for split, count in (("train", 3), ("val", 2)):
         truth = annotations.read(folder, split)
@@ -74,13 +75,15 @@ def test_a_set_is_there_as_a_whole_or_not_at_all_and_then_left_alone(tmp_path, f
 
     monkeypatch.setattr(shapes, "draw_split", disturbed)
     with pytest.raises(accident) if accident else contextlib.nullcontext():
-        assert shapes.prepare(folder) == folder
+        shapes.prepare(folder)
     assert list(tmp_path.iterdir()) == ([] if accident else [folder])
     monkeypatch.setattr(shapes, "draw_split", draw_split)
-    drawn = contents(shapes.prepare(folder))
-    assert len(drawn) == 7 and contents(shapes.prepare(folder, seed=1)) == drawn
     (tmp_path / "empty").mkdir()
-    assert contents(shapes.prepare(tmp_path / "empty")) == {}
+    for place in (folder, tmp_path / "empty"):
+        shapes.prepare(place)
+        there = contents(place)
+        shapes.prepare(place, seed=1)
+        assert contents(place) == there and len(there) == (7 if place == folder else 0)
 
 
 def test_boxes_are_tight_around_the_pixels_painted(monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from .errors import LFS_POINTER, InputError, input_errors
+from .errors import InputError, input_errors
 
 COCO_BOX = "COCO's bbox is [x, y, width, height] in pixels, x and y of the upper left corner"
 FOLDERS = {"train": ("train",), "val": ("val", "valid")}  # of a split whose annotations lie beside its pictures
@@ -114,17 +114,14 @@ class Annotations:
 def find(data, split):
     """The annotation file and image folder of a split ("train" or "val"): in COCO's layout, or in the one of annotation
     tools, _annotations.coco.json beside the pictures."""
-    folder = Path(data) / "annotations"
-    files = sorted(folder.glob(f"instances_{split}*.json"))
-    beside = [Path(data) / name / "_annotations.coco.json" for name in FOLDERS[split]]
-    for path in beside:
-        if not files and path.is_file():
-            return path, path.parent
-    if len(files) != 1:
+    data, pattern = Path(data), f"annotations/instances_{split}*.json"
+    beside = [data / name / "_annotations.coco.json" for name in FOLDERS[split]]
+    found = [(path, data / path.stem.removeprefix("instances_")) for path in sorted(data.glob(pattern))]
+    found = found or [(path, path.parent) for path in beside if path.is_file()][:1]
+    if len(found) != 1:
         nothing = f"no such file, and no {beside[-1]}; say with --data where the data is"
-        found = f"{len(files)} files match: keep one of them" if files else nothing
-        raise InputError(f"{folder}/instances_{split}*.json: {found}")
-    return files[0], Path(data) / files[0].stem.removeprefix("instances_")
+        raise InputError(f"{data / pattern}: {f'{len(found)} files match: keep one of them' if found else nothing}")
+    return found[0]
 
 
 def read(data, split):
@@ -137,10 +134,8 @@ def load_json(path):
     """The object in a JSON file. Raises InputError."""
     with input_errors(path, "cannot be read"):
         data = path.read_bytes()
-    if data.startswith(LFS_POINTER):
-        raise InputError(f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull")
     fault = "not valid JSON" if data else "is empty"
-    with input_errors(path, fault, "restore it, in UTF-8", (ValueError, RecursionError)):
+    with input_errors(path, fault, "restore it in UTF-8, or run git lfs pull", (ValueError, RecursionError)):
         content = json.loads(data)
     if not isinstance(content, dict):
         raise InputError(f"{path}: not in COCO format (the top level must be an object)")
@@ -185,24 +180,16 @@ def pack(content, path, folder):
 
     # What is left, sorted by image: the boxes of one image become neighbouring rows, in the order of the file.
     order = usable[np.argsort(image[usable], kind="stable")]
-    xywh, area = xywh[order], area[order]
+    image, labels, crowd, xywh, area = (column[order] for column in (image, label, crowd, xywh, area))
+    starts = np.searchsorted(image, np.arange(len(names) + 1))
+    names = np.array([os.fsencode(name) for name in names])
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32)
     box_area = xywh[:, 2] * xywh[:, 3]
     believed = (box_area / 1000 <= area) & (area <= 1.01 * box_area + 1)
-    return Annotations(
-        file=path,
-        folder=folder,
-        classes=classes,
-        image_ids=image_ids,
-        sizes=sizes,
-        names=np.array([os.fsencode(name) for name in names]),
-        starts=np.searchsorted(image[order], np.arange(len(names) + 1)),
-        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32),
-        labels=label[order],
-        areas=np.where(believed, area, box_area).astype(np.float32),
-        crowd=crowd[order],
-        skipped=skipped,
-        wrong_areas=int((~believed & ~np.isnan(area)).sum()),
-    )
+    areas = np.where(believed, area, box_area).astype(np.float32)
+    wrong = int((~believed & ~np.isnan(area)).sum())
+    images = image_ids, sizes, names, starts
+    return Annotations(path, folder, classes, *images, boxes, labels, areas, crowd, skipped, wrong)
 
 
 def sort_out(xywh, image, label, sizes, path):

@@ -4,7 +4,6 @@ import contextlib
 
 # What values from a damaged or foreign file raise where they are used.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)
-LFS_POINTER = b"version https://git-lfs"  # begins what Git LFS leaves in place of a file that it has not brought yet
 
 
 class InputError(Exception):

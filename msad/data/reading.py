@@ -1,7 +1,6 @@
 """Reading a picture file, one way everywhere: in training, evaluation and drawings."""
 
 import errno
-import io
 import warnings
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ..images import to_rgb
-from .errors import LFS_POINTER, InputError
+from .errors import InputError
 
 # A long text or colour profile is no reason to refuse a picture.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
@@ -26,36 +25,18 @@ def read_image(path, size=None):
         # Given a name, PIL would map some TIFFs into memory, and mix up the pixels of those that are turned.
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
-            pixels = to_rgb(turn(load(file), size))
+            image = Image.open(file)
+            image.load()
+            pixels = to_rgb(turn(image, size))
     except Exception as error:  # PIL answers damaged files with almost any exception
         if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.EMFILE:  # too many open files
             raise  # no fault of this file
-        mend = "save it anew, smaller if it is too large, or remove its entry"
+        mend = "save it anew, smaller if it is too large, remove its entry, or run git lfs pull if it is a pointer"
         raise InputError(f"{path}: not readable as an image ({error}); {mend}") from None
     if size not in (None, (pixels.height, pixels.width)):
         found, wanted = f"{pixels.width}x{pixels.height}", f"{size[1]}x{size[0]}"
         raise InputError(f"{path}: is {found}, but its annotations say {wanted}; correct one")
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-
-
-def load(file):
-    """An open picture file -> PIL image with its pixels. A JPEG may lack the mark at its end."""
-    if file.read(len(LFS_POINTER)) == LFS_POINTER:
-        raise ValueError("a pointer of Git LFS, not the picture itself: run git lfs pull")
-    image = Image.open(file)
-    try:
-        image.load()
-        return image
-    except OSError:
-        if image.format != "JPEG":
-            raise
-        # Perhaps only that mark is missing. Then other bytes before it change no pixel.
-        file.seek(0)
-        data = file.read().rstrip(b"\xff")
-        image, other = (Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in (b"", b"\x5a\xa5" * 99))
-        if not np.array_equal(np.array(image), np.array(other)):
-            raise
-        return image
 
 
 def turn(stored, size):

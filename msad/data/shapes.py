@@ -25,10 +25,10 @@ CLASSES = ("disk", "ring", "square", "frame", "triangle", "star")
 
 
 def prepare(folder, seed=0):
-    """Draw the data set into `folder` unless it is there already; whole or not at all. Returns the folder."""
+    """Draw the data set into `folder` unless it is there already; whole or not at all."""
     folder = Path(folder)
     if folder.exists():
-        return folder
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent, ignore_cleanup_errors=True) as place:
         unfinished = Path(place) / folder.name
@@ -40,7 +40,6 @@ def prepare(folder, seed=0):
         except OSError:
             if not folder.exists():  # else another run was faster, with the same pictures
                 raise
-    return folder
 
 
 def draw_split(folder, split, count, seed):

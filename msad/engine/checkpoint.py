@@ -16,9 +16,7 @@ CONVERT = "a detector of the paper's authors is converted by python -m msad.engi
 
 
 def save(path, model, training=None):
-    """Write a checkpoint. Raises InputError; what stood there before is then untouched."""
-    if model.is_folded:
-        raise InputError(f"{path}: a folded model, its BatchNorm gone, cannot be saved; save the one it was made from")
+    """Write a checkpoint of a model, not of its folded copy. Raises InputError; what stood there is then untouched."""
     content = {"msad": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "training": training}
     write_tensors(path, content)
 

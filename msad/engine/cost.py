@@ -7,9 +7,9 @@ locations as its teacher, so its head costs the same: a table of backbones alone
 import contextlib
 import copy
 import statistics
-import time
 
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..images import pad_to_multiple
@@ -43,35 +43,32 @@ def cost_line(branch, counted):
 
 
 @torch.inference_mode()
-def measure_cost(model, dataset, branch, autocast=contextlib.nullcontext(), images=7):
+def measure_cost(model, dataset, branch, autocast=contextlib.nullcontext()):
     """What reading `branch` costs on a data set -> as `count_cost` at the padded size that most images share, and "ms".
 
-    "ms" has the medians over a few single images of that size for "network" (8-bit pixels to the head's outputs) and
-    "postprocessing" (these to boxes). Reading files is in neither.
+    "ms" has the medians, by PyTorch's timer, for "network" (8-bit pixels to the head's outputs) and "postprocessing"
+    (these to boxes) of the first image of that size. Reading its file is in neither.
     """
     network = model.folded()
     sizes = [model.padded_size(dataset.network_size(index)) for index in range(len(dataset))]
     size = statistics.mode(sizes)
-    indices = [index for index, other in enumerate(sizes) if other == size]
-    size = [side * model.scale for side in size]
-    device, seconds = model.mean.device, []
-    for index in indices[:1] * 2 + indices[:images]:  # the first one twice more, to warm up
-        image = dataset[index, 0][0]
-        pixels, shape = pad_to_multiple([image], model.multiple).to(device), [tuple(image.shape[1:])]
-        original = [tuple(map(int, dataset.annotations.sizes[index]))]
-        with autocast:
-            began = now(device)
-            pyramids = network.pyramids(network.normalize(pixels, shape), [branch])
-            outputs = network.predict(pyramids)
-            between = now(device)
-            network.postprocess(pyramids[branch], outputs[branch], branch, shape, original)
-        seconds.append((between - began, now(device) - between))
-    medians = [1000 * statistics.median(column) for column in zip(*seconds[2:])]
-    return count_cost(model, branch, *size) | {"ms": dict(zip(("network", "postprocessing"), medians))}
+    index = sizes.index(size)
+    image = dataset[index, 0][0]
+    pixels, shape = pad_to_multiple([image], model.multiple).to(model.mean.device), [tuple(image.shape[1:])]
+    original = [tuple(map(int, dataset.annotations.sizes[index]))]
+
+    def compute():
+        pyramids = network.pyramids(network.normalize(pixels, shape), [branch])
+        return pyramids, network.predict(pyramids)
+
+    with autocast:
+        pyramids, outputs = compute()
+        finish = lambda: network.postprocess(pyramids[branch], outputs[branch], branch, shape, original)
+        ms = {name: milliseconds(part) for name, part in (("network", compute), ("postprocessing", finish))}
+    return count_cost(model, branch, *(side * model.scale for side in size)) | {"ms": ms}
 
 
-def now(device):
-    """Seconds, once the device has done all it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def milliseconds(function):
+    """The median time of a call, its work on the device done, with the threads that PyTorch has now."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return 1000 * timer.blocked_autorange().median

@@ -4,7 +4,6 @@ import contextlib
 import io
 
 import numpy as np
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
@@ -32,17 +31,10 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
         with autocast:
             detections = model.detect_batch(data.images.to(device, non_blocking=True), data.sizes, originals, branches)
         for branch in branches:
-            found[branch] += zip(data.indices, to_arrays(detections[branch]))
+            arrays = [{name: tensor.cpu().numpy() for name, tensor in image.items()} for image in detections[branch]]
+            found[branch] += zip(data.indices, arrays)
     found = {branch: sorted(processes.gather(pairs), key=lambda pair: pair[0]) for branch, pairs in found.items()}
     return {branch: (coco_metrics(dataset.annotations, pairs), pairs) for branch, pairs in found.items()}
-
-
-def to_arrays(detections):
-    """The detections of several images as tensors -> as arrays. The device is waited for once, not for every tensor."""
-    columns = [torch.cat([found[name] for found in detections]) for name in ("scores", "labels")]
-    rows = torch.column_stack([torch.cat([found["boxes"] for found in detections]), *columns]).cpu()
-    images = rows.split([len(found["boxes"]) for found in detections])
-    return [{"boxes": r[:, :4].numpy(), "scores": r[:, 4].numpy(), "labels": r[:, 5].long().numpy()} for r in images]
 
 
 def coco_metrics(annotations, detections):

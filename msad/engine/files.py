@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.errors import LFS_POINTER, InputError, input_errors, write_errors
+from ..data.errors import InputError, input_errors, write_errors
 
 try:
     import fcntl
@@ -22,14 +22,10 @@ def read_tensors(path):
     """Whatever a PyTorch file holds, loaded without running its code. Raises InputError."""
     if not Path(path).exists():
         raise InputError(f"{path}: no such file")
-    with input_errors(path, "cannot be read"), open(path, "rb") as file:
-        is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    if is_pointer:
-        raise InputError(f"{path}: a pointer of Git LFS, not the file itself; git lfs pull fetches that")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler answers damaged bytes with almost any, and some advise to run the code
-        fault = f"damaged, or it carries code: {type(error).__name__}"
+        fault = f"damaged, a pointer of Git LFS, or it carries code: {type(error).__name__}"
         raise InputError(f"{path}: refused: not a file of plain tensors ({fault})") from None
 
 

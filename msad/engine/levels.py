@@ -7,7 +7,6 @@ from ..images import fitted_size
 from ..models import HEADS
 
 PICTURES = 100  # that are looked at, evenly spread over those to train on
-ENOUGH = 20  # boxes on which advice may rest
 
 
 def describe_levels(config, annotations, short_side, long_side, device):
@@ -17,7 +16,7 @@ def describe_levels(config, annotations, short_side, long_side, device):
     percent, strides = (", ".join(f"{number:.0f}" for number in numbers) for numbers in (shares, align.STRIDES))
     line = f"levels    {percent} % of {learned.shape[1]} boxes learn at strides {strides} (some at several)"
     few = "; few at the first, where alignment helps: try a larger --object-scale or smaller sides"
-    return f"{line}, short side {short_side}{few if shares[0] < 10 and learned.shape[1] >= ENOUGH else ''}"
+    return f"{line}, short side {short_side}{few if shares[0] < 10 else ''}"
 
 
 def boxes_of_levels(config, annotations, short_side, long_side, device):

@@ -16,16 +16,11 @@ from ..data.errors import InputError, input_errors
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 PATIENCE = datetime.timedelta(hours=1)  # until a process that waits for the others gives up: as long as an evaluation
 INTERRUPTED = 130  # the exit code of what was stopped
-LESS_MEMORY = (
-    "out of memory: try a larger --accumulate, which --resume takes, or, with a new --out, a smaller --batch or "
-    "smaller --short-sides and --long-side, or --precision bf16"
-)
-MENDS = {  # for what an error says of the machine's limits; the first that fits counts
-    "MemoryError": LESS_MEMORY,  # Python's and PyTorch's; then the words of CUDA, a CPU, and CUDA's libraries
-    "out of memory": LESS_MEMORY,
-    "can't allocate memory": LESS_MEMORY,
-    "STATUS_ALLOC_FAILED": LESS_MEMORY,
-    "unable to find an engine": LESS_MEMORY,
+# Python's and PyTorch's words; those of CUDA, of a CPU, and of CUDA's libraries.
+NO_MEMORY = ("MemoryError", "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
+LESS_MEMORY = "with a new --out, a smaller --batch or smaller --short-sides and --long-side, or --precision bf16"
+LESS_MEMORY = f"out of memory: try a larger --accumulate, which --resume takes, or, {LESS_MEMORY}"
+MENDS = dict.fromkeys(NO_MEMORY, LESS_MEMORY) | {  # for the machine's limits; the first sign in an error's words counts
     "Too many open files": "too few files may be open at a time: raise the limit (ulimit -n), or try fewer --workers",
     "shared memory": "no room in /dev/shm for the workers: fewer --workers, or docker run --ipc=host",
     "DataLoader worker (pid": "a worker died: try fewer --workers",  # an error within one names no pid
@@ -164,16 +159,20 @@ def print_once(line):
         print(line, flush=True)
 
 
-def parallel(model, norm):
-    """The model in training mode, wrapped so that gradients are averaged over processes; alone, the model itself.
+def parallel(model, device, settings):
+    """A model, moved to its device, in training mode, and wrapped where gradients are averaged over processes.
 
-    `norm` says whose statistics BatchNorm uses in training: those of all processes ("sync"; on CUDA), of each process's
-    own images ("local"), or those it starts with ("frozen", see `set_training`).
+    `settings.norm` says whose statistics BatchNorm uses in training: those of all processes ("sync"; on CUDA), of each
+    process's own images ("local"), or those it starts with ("frozen": it is in eval mode).
     """
-    set_training(model, norm)
+    norm, cuda = settings.norm, device.type == "cuda"
+    model.to(device, memory_format=training_layout(device, settings.precision))
+    model.train()
+    for module in model.modules():
+        if norm == "frozen" and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
     if not dist.is_initialized():
         return model
-    cuda = next(model.parameters()).is_cuda
     if norm == "sync" and cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     network = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -181,15 +180,6 @@ def parallel(model, norm):
     # this is deprecated, and its successor is not in every version.
     network.broadcast_buffers = norm == "local" or norm == "sync" and not cuda
     return network
-
-
-def set_training(model, norm):
-    """Put a model into training mode, its BatchNorm in eval mode if that is "frozen"."""
-    model.train()
-    if norm == "frozen":
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
 
 
 def mean_over_processes(value):

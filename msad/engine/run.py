@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..data.dataset import TrainBatches, loader
 from ..data.errors import InputError, checkpoint_errors, write_errors
-from . import checkpoint, cost, drawing, evaluation, levels, processes
+from . import checkpoint, drawing, evaluation, levels, processes
 from .files import open_locked, sync
 from .optimizer import restore_state
 
@@ -62,13 +62,10 @@ def print_header(settings, model, train, val, device, out):
     config, photos = model.config, len(train.trainable())
     epochs = settings.iters * settings.batch / photos
     head = f"{config.head} {config.head_convs}x{config.head_channels}"
-    side = -(-config.short_side // config.pad) * config.pad
-    counted = cost.count_cost(model, model.branches[0], side, side)
     short_side = sorted(settings.short_sides)[len(settings.short_sides) // 2]
     print(f"train     {train.summary()}")
     print(f"val       {val.summary()}")
     print(f"model     {config.kind}: {config.backbone} x{config.width:g}, FPN {config.fpn_channels}, {head}")
-    print(f"cost      {cost.cost_line(model.branches[0], counted)}")
     length = f"{settings.iters} iterations of {settings.batch} images"
     length += f" = {epochs:.3g} epochs of {photos} images with boxes"
     rate = f"lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up"

@@ -26,19 +26,17 @@ class Setting(NamedTuple):
 
 # The recipes: what each changes in COCO's. small draws shapes and needs no GPU, laptop trains on photos without a GPU,
 # photos on one GPU.
-SHORT = {  # what short runs have in common
-    "optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmup": 100, "clip": 5.0, "save_every": 250,
-}  # fmt: skip
-NO_GPU = {"backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "workers": 0}
-SMALL = SHORT | NO_GPU | {
+BASE = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmup": 100, "clip": 5.0, "save_every": 250}
+NO_GPU = BASE | {"backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "workers": 0}
+SMALL = NO_GPU | {
     "short_sides": [256], "test_side": 256, "long_side": 512, "width": 0.25, "weights": "none", "object_scale": 0.68,
     "iters": 1200, "batch": 8, "lr": 0.008, "warmup": 200, "eval_every": 600,
 }  # fmt: skip
-LAPTOP = SHORT | NO_GPU | {
+LAPTOP = NO_GPU | {
     "short_sides": [224, 240, 256, 272, 288], "test_side": 256, "long_side": 448,
     "batch": 4, "lr": 4e-4, "norm": "frozen",
 }  # fmt: skip
-PHOTOS = SHORT | {
+PHOTOS = BASE | {
     "short_sides": list(range(512, 641, 32)), "test_side": 640, "long_side": 1066,
     "batch": 8, "lr": 2e-4, "norm": "frozen", "workers": 2,
 }  # fmt: skip
@@ -119,15 +117,11 @@ def parse_flags(description, own):
             if isinstance(setting.default, bool):
                 group.add_argument(flag(name), action="store_true", help=setting.help)
                 continue
-            several = isinstance(setting.default, list)
-            group.add_argument(
-                flag(name),
-                type=int if several else type(setting.default),
-                nargs="+" if several else None,
-                choices=setting.choices or None,
-                metavar=None if setting.choices else "X" if isinstance(setting.default, str) else "N",
-                help=setting.help + defaults_text(name, setting, {} if rows is own else RECIPES),
-            )
+            kind, choices = type(setting.default), setting.choices or None
+            shown = None if choices else "X" if kind is str else "N"
+            details = {"type": int, "nargs": "+"} if kind is list else {"type": kind}
+            text = setting.help + defaults_text(name, setting, {} if rows is own else RECIPES)
+            group.add_argument(flag(name), choices=choices, metavar=shown, help=text, **details)
     group.add_argument("--resume", action="store_true", default=False, help="go on from OUT/last.pt")
     typed = vars(parser.parse_args())
     for name, setting in (row for rows in groups.values() for row in rows.items()):
@@ -203,8 +197,6 @@ def resume_settings(typed, own, content, path):
     if stored.keys() != COCO.keys() | own.keys():
         raise InputError(f"{path}: is another script's run; resume it with that one")
     changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != stored[name]]
-    if {typed.get("weights"), stored["weights"]}.isdisjoint(("imagenet", "teacher", "none")):
-        changed = [name for name in changed if name != "weights"]  # a file, of which only the start had need
     if changed:
         flags = ", ".join(f"{flag(name)} {typed[name]} (was {stored[name]})" for name in changed)
         mend = f"leave them out, or start from its weights: --weights {path} and a new --out"
