@@ -26,7 +26,7 @@ OWN = {  # settings of this script alone
     "kd_loss": Setting("l1", "distance of the pyramids: the paper's, or PKD's", tuple(distillation.DISTANCES)),
     "kd": Setting(distillation.WEIGHT, "its weight: alpha 0.2 times tau 3 in the paper; 0 turns it off", least=0),
     "kd_ramp": Setting(distillation.RAMP, "iterations to its full weight (laptop, photos: iters / 20)", least=0),
-    "weights": Setting("teacher", "start: teacher, none, or imagenet or a FILE copied over the teacher's"),
+    "weights": Setting("teacher", "start: teacher, none, or imagenet, coco or a FILE copied over the teacher's"),
 }
 
 

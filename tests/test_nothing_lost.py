@@ -204,12 +204,10 @@ def test_weights_from_a_file_are_needed_at_the_start_alone(uninterrupted, tmp_pa
         patch.setattr(run, "evaluate_all", raising(MemoryError()))
         complaint(script, *flags, "--weights", weights, "--out", out)
     assert done(out) == 7
-    weights.rename(tmp_path / "moved.pt")
-    shutil.copytree(out, tmp_path / "copy")
+    weights.unlink()
     assert "--weights none" in complaint(script, "--resume", "--out", out, "--weights", "none")
     succeed(script, "--resume", "--out", out)
-    succeed(script, "--resume", "--out", tmp_path / "copy", "--weights", tmp_path / "moved.pt")
-    assert_same_run(out, tmp_path / "copy")
+    assert done(out) == 12
 
 
 # Two runs for one folder.

@@ -1,15 +1,117 @@
-"""What a run starts from besides a backbone: checkpoints of this program."""
+"""What a run starts from besides a backbone: torchvision's detectors, and checkpoints of this program.
+
+torchvision's own models stand in for their trained selves, every tensor of theirs random; nothing is downloaded.
+"""
 
 import distill
 import pytest
+import torch
+import torchvision
 import train
-from helpers import CLASSES, tiny_config, tiny_model
+from helpers import CLASSES, randomize, tiny_config, tiny_model
 from scripts import TINY, complaint, succeed
 
-from msad import ModelConfig
+from msad import InputError, ModelConfig, align
 from msad.engine import checkpoint
-from msad.engine.weights import load_weights
+from msad.engine.weights import copy_matching, load_weights
 from msad.models import build
+
+SIZE = (128, 256)
+
+
+@pytest.fixture(scope="module", params=["fcos", "retinanet"])
+def theirs(request):
+    """torchvision's detector as it would come from a download."""
+    torch.manual_seed(0)
+    make = torchvision.models.get_model_builder(f"{request.param}_resnet50_fpn")
+    model = make(weights=None, weights_backbone=None, num_classes=91)
+    randomize(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and request.param == "retinanet":
+            module.eps = 0.0  # as torchvision sets it where it loads these weights
+        if isinstance(module, torch.nn.Conv2d) and name.startswith("head"):
+            torch.nn.init.normal_(module.weight, std=0.02)
+    torch.nn.init.uniform_(model.head.regression_head.bbox_reg.bias, 2, 3)
+    model.head_name = request.param
+    return model.eval()
+
+
+def start(theirs, kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: asked.append((name, weights)) or theirs)
+    model = build(ModelConfig(kind, CLASSES, theirs.head_name)).eval()
+    before = model.head.cls_logits.weight.clone()
+    load_weights(model, "coco")
+    assert asked == [(f"{theirs.head_name}_resnet50_fpn", "COCO_V1")]
+    assert model.head.cls_logits.weight.equal(before), "the classes are others"
+    return model
+
+
+@torch.no_grad()
+def test_torchvisions_detector_computes_the_same_here(theirs, monkeypatch, capsys, tmp_path):
+    """A checkpoint and a student keep the biases that only torchvision has."""
+    model = start(theirs, {"fcos": "teacher", "retinanet": "low"}[theirs.head_name], monkeypatch)
+    line = capsys.readouterr().out
+    assert line.startswith("weights   --weights coco: taken backbone 318, fpn ") and line.count("\n") == 1
+    assert "head 2" in line and "; P2 and P6" in line
+    checkpoint.save(tmp_path / "a.pt", model)
+    saved = checkpoint.load(tmp_path / "a.pt")
+    model = build(ModelConfig("low", CLASSES, theirs.head_name)).eval()
+    copy_matching(model, saved.state_dict())
+
+    images = torch.rand(2, 3, *SIZE)
+    x = model.normalize(images, [])
+    their_maps = list(theirs.backbone(x).values())
+    maps = model.pyramid(x, range(2, 7))
+    for found, expected in zip(maps[1:], their_maps[:3]):
+        assert expected.std() > 0.01
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+    outputs, expected = model.head(their_maps), theirs.head(their_maps)
+    cls = model.head.cls_tower(their_maps[0])
+    torch.testing.assert_close(cls, theirs.head.classification_head.conv(their_maps[0]), rtol=1e-4, atol=1e-5)
+    if theirs.head_name == "retinanet":
+        torch.testing.assert_close(outputs["deltas"], expected["bbox_regression"], rtol=1e-5, atol=1e-5)
+        return
+    torch.testing.assert_close(outputs["centerness"], expected["bbox_ctrness"].squeeze(-1), rtol=1e-5, atol=1e-5)
+    # The same boxes, from points half a stride away.
+    assert (expected["bbox_regression"] > 0.5).all()
+    anchors = theirs.anchor_generator(torchvision.models.detection.image_list.ImageList(x, [SIZE] * 2), their_maps)[0]
+    boxes = theirs.head.box_coder.decode(expected["bbox_regression"], anchors)
+    found, _ = model.head.decode(outputs, align.map_sizes(their_maps), torch.arange(boxes.shape[1]))
+    torch.testing.assert_close(found, boxes, rtol=1e-5, atol=1e-3)
+
+
+@torch.no_grad()
+def test_levels_without_a_counterpart_start_beside_it(theirs, monkeypatch):
+    model = start(theirs, "teacher", monkeypatch)
+    features = [torch.randn(1, c, 64 >> i, 64 >> i) for i, c in enumerate(model.backbone.channels)]
+    features[3] = torch.randn(1, 2048, 1, 1).expand(-1, -1, 8, 8)  # a constant C5: its P6 is known, but at the border
+    p2, p3, _, p5, p6 = model.fpn(features, align.LEVELS["low"])
+    expected = theirs.backbone.fpn.extra_blocks.p6(p5[..., 1:-1, 1:-1].mean((2, 3), keepdim=True).expand(-1, -1, 8, 8))
+    torch.testing.assert_close(p6[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], rtol=1e-3, atol=1e-3)
+    c3, c4, c5 = (model.fpn.lateral[str(level)](features[level - 2]) for level in (3, 4, 5))
+    double = lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    merged3 = c3 + double(c4 + double(c5))
+    torch.testing.assert_close(p3, model.fpn.output["3"](merged3), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(p2, model.fpn.output["3"](double(merged3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, flags",
+    [
+        ({"width": 0.5}, "--width 1.0 (not 0.5)"),
+        ({"backbone": "resnet101", "head_convs": 2}, "--backbone resnet50 (not resnet101), --head-convs 4 (not 2)"),
+    ],
+)
+def test_torchvisions_detector_fits_one_network_only(changes, flags):
+    with pytest.raises(InputError) as error:
+        load_weights(build(ModelConfig("high", CLASSES, **changes)), "coco")
+    assert str(error.value) == f"--weights coco: does not fit this network, only one of {flags}"
+
+
+# Checkpoints of this program.
+
 
 def start_tiny(model, source, path, capsys):
     """The line that is printed, and the names of tensors that are the source's; the others are as they were."""
@@ -53,6 +155,7 @@ def test_both_scripts_start_from_a_checkpoint_and_not_from_another_backbone_s(un
     assert said in succeed(train, *flags, tmp_path / "out", "--res", "low")
     printed = succeed(distill, *flags, tmp_path / "student", "--teacher", uninterrupted / "teacher" / "last.pt")
     assert said in printed
-    for other in ("--backbone resnet18 --width 0.5", "--backbone resnet34 --width 0.25"):
-        line = complaint(train, *flags, tmp_path / "b", *other.split())
-        assert f"a.pt: does not fit {other}, only --backbone resnet18 --width 0.25" in line
+    for other in (["--width", 0.5], ["--backbone", "resnet34"]):
+        line = complaint(train, *flags, tmp_path / "b", *other)
+        meant = "--width 0.25 (not 0.5)" if "--width" in other else "--backbone resnet18 (not resnet34)"
+        assert f"a.pt: does not fit this network, only one of {meant}" in line

@@ -61,7 +61,7 @@ SETTINGS = {
         "head": Setting("fcos", "detection head", tuple(HEADS)),
         "backbone": Setting("resnet50", "backbone", tuple(LAYERS)),
         "width": Setting(1.0, "the backbone's width", WIDTHS),
-        "weights": Setting("imagenet", "start: imagenet, none or a FILE"),
+        "weights": Setting("imagenet", "start: imagenet, coco (a detector), none or a FILE"),
         "fpn_channels": Setting(256, "channels of the pyramid"),
         "head_channels": Setting(256, "channels of the head's towers"),
         "head_convs": Setting(4, "convolutions in each tower"),

@@ -1,6 +1,7 @@
 """What a model starts from: weights that torchvision, the paper's authors or this program trained.
 
     imagenet   torchvision's backbone
+    coco       torchvision's FCOS or RetinaNet, of which everything is taken but the class outputs
     FILE       a backbone's ImageNet weights, torchvision's or slimmable ones, or a checkpoint of this program
 
 The authors' slimmable ResNet-50 holds the networks of four widths. Its convolutions are stored at full width, and a
@@ -21,8 +22,19 @@ import torchvision
 
 from ..backbone import LAYERS, WIDTHS
 from ..data.errors import MALFORMED, InputError, input_errors
+from ..models import ModelConfig
 from . import checkpoint, processes
 from .files import read_tensors
+
+# How names begin in torchvision's FCOS and RetinaNet, and here. Class outputs have other classes: they stay unknown.
+TORCHVISION = {"backbone.body.": "backbone.", "backbone.fpn.extra_blocks.": "fpn."}
+TORCHVISION |= {f"backbone.fpn.inner_blocks.{i}.0.": f"fpn.lateral.{i + 3}." for i in range(3)}
+TORCHVISION |= {f"backbone.fpn.layer_blocks.{i}.0.": f"fpn.output.{i + 3}." for i in range(3)}
+TORCHVISION |= {f"head.classification_head.conv.{i}.0.": f"head.cls_tower.{2 * i}." for i in range(4)}  # RetinaNet's
+TORCHVISION |= {f"head.regression_head.conv.{i}.0.": f"head.box_tower.{2 * i}." for i in range(4)}
+TORCHVISION |= {"head.classification_head.conv.": "head.cls_tower.", "head.regression_head.conv.": "head.box_tower."}
+TORCHVISION |= {"head.regression_head.bbox_reg.": "head.box_pred."}
+TORCHVISION |= {"head.regression_head.bbox_ctrness.": "head.centerness."}
 
 # How names begin in a slimmable bottleneck block, and here.
 BLOCK = {"body.0.": "conv1.", "body.1.": "bn1.", "body.3.": "conv2.", "body.4.": "bn2.", "body.6.": "conv3."}
@@ -30,7 +42,7 @@ BLOCK |= {"body.7.": "bn3.", "shortcut.0.": "downsample.0.", "shortcut.1.": "dow
 
 
 def load_weights(model, weights):
-    """Let a model start from `weights`: "imagenet" or a file, as above.
+    """Let a model start from `weights`: "imagenet", "coco" or a file, as above.
 
     Of a detector everything that fits is taken, class outputs if the classes are equal. Prints how many tensors of each
     part were taken. Raises InputError for weights that do not fit the model's backbone and width.
@@ -38,9 +50,14 @@ def load_weights(model, weights):
     config, source = model.config, f"--weights {weights}"
     if weights == "imagenet":
         line = copy_backbone(model, download(config.backbone, "IMAGENET1K_V1"), source)
+    elif weights == "coco":
+        architecture = ("backbone", "width", "fpn_channels", "head_channels", "head_convs")
+        check_architecture(source, config, ModelConfig("high", (), config.head), architecture)
+        state = from_torchvision(download(f"{config.head}_resnet50_fpn", "COCO_V1"), config.head)
+        line = copy_matching(model, state) + "; P2 and P6, which differ there, start from P3 and P5"
     elif checkpoint.is_checkpoint(content := read_tensors(weights)):
         other = checkpoint.load(weights)
-        check_backbone(source, config, other.config)
+        check_architecture(source, config, other.config, ("backbone", "width"))
         without = ("head.",) if config.head != other.config.head else ()
         without += ("head.cls_logits.",) if config.classes != other.config.classes else ()
         line = copy_matching(model, other.state_dict(), without)
@@ -49,11 +66,12 @@ def load_weights(model, weights):
     processes.print_once(f"weights   {source}: taken {line}")
 
 
-def check_backbone(source, config, other):
-    """Raise InputError unless a model's backbone is the one of the config that it is to start from."""
-    if (config.backbone, config.width) != (other.backbone, other.width):
-        found, wanted = (f"--backbone {c.backbone} --width {c.width:g}" for c in (config, other))
-        raise InputError(f"{source}: does not fit {found}, only {wanted}")
+def check_architecture(source, config, other, names):
+    """Raise InputError unless the named fields of a model's config are those of what it is to start from."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in names if getattr(config, name) != getattr(other, name)}
+    if flags:
+        wanted = [f"{flag} {getattr(other, name)} (not {getattr(config, name)})" for name, flag in flags.items()]
+        raise InputError(f"{source}: does not fit this network, only one of {', '.join(wanted)}")
 
 
 def copy_matching(model, state, without=()):
@@ -120,3 +138,29 @@ def download(name, weights):
     mend = f"delete {file} if it is there, give a file (--weights FILE) or start from nothing (--weights none)"
     with input_errors(f"the weights {weights} of {name}", "cannot be loaded", mend, Exception):
         return torchvision.models.get_model(name, weights=weights).state_dict()
+
+
+def from_torchvision(state, head):
+    """The state dict of torchvision's FCOS or RetinaNet (`head`) -> its tensors under our names, with P2 and P6.
+
+    There P2 does not exist: here it starts as P3 in double size. There P6 reads P5: here it starts as the convolution
+    of C5 that gives the same wherever C5 is constant, with P5 = output(lateral(C5)) taken as one 1x1 convolution:
+
+        P6 = p6 * (output * (lateral * C5 + b_lateral) + b_output) + b_p6
+        weight[o,c,y,x] = sum over i, j of p6[o,i,y,x] output[i,j] lateral[j,c], with output[i,j] summed over its 3x3
+
+    What else differs is taken up by the tensors, exactly.
+    """
+    found = rename(state, TORCHVISION)
+    lateral, output, p6 = (found[f"fpn.{name}.weight"] for name in ("lateral.5", "output.5", "p6"))
+    lateral, output = lateral[:, :, 0, 0], output.sum((2, 3))
+    inner = output @ found["fpn.lateral.5.bias"] + found["fpn.output.5.bias"]
+    found["fpn.p6.bias"] = found["fpn.p6.bias"] + p6.sum((2, 3)) @ inner
+    found["fpn.p6.weight"] = torch.einsum("oiyx,ij,jc->ocyx", p6, output, lateral)
+    found |= {f"fpn.output.2.{name}": found[f"fpn.output.3.{name}"] for name in ("weight", "bias")}
+    found |= {"fpn.lateral.2.weight": torch.zeros(256, 256, 1, 1), "fpn.lateral.2.bias": torch.zeros(256)}
+    if head == "fcos":  # its points are the cells' upper left corners, ours their centres, half a stride further
+        found["head.box_pred.bias"] = found["head.box_pred.bias"] + torch.tensor([0.5, 0.5, -0.5, -0.5])
+    else:  # its BatchNorm adds nothing to the variance, ours 1e-5
+        found |= {n: (t - 1e-5).clamp(min=0) for n, t in found.items() if n.endswith(".running_var")}
+    return found
