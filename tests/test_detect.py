@@ -220,18 +220,12 @@ ROW = torch.linspace(0, 1, 60).expand(3, 50, 60)
 RANGE = ": a picture's floats are in 0-1"
 REFUSED = [  # what came, and how it is called
     (ROW * 255, "a Tensor (3, 50, 60) of torch.float32 from 0 to 255" + RANGE),
-    (SMALL * 1.0, "a ndarray (50, 60, 3) of float64 from 0 to 255" + RANGE),
-    (ROW - 0.02, "from -0.02 to 0.98" + RANGE),
     (ROW + 0.02, "from 0.02 to 1.02" + RANGE),
     (torch.where(ROW == 1, torch.nan, ROW), "from nan to nan" + RANGE),
     (torch.from_numpy(SMALL).permute(2, 0, 1).long(), "a Tensor (3, 50, 60) of torch.int64 is no picture"),
-    (SMALL.astype(np.uint16), "a ndarray (50, 60, 3) of uint16 is no picture"),
-    (SMALL / np.longdouble(255), "a ndarray (50, 60, 3) of "),
     (None, "a NoneType is no picture"),
-    (torch.tensor(3.0), "a Tensor () of torch.float32 is no picture"),
     (SMALL > 9, "a ndarray (50, 60, 3) of bool is no picture"),
     (ROW.permute(1, 2, 0), "a Tensor (50, 60, 3) of torch.float32 is no picture"),
-    (ROW[0], "a Tensor (50, 60) of torch.float32 is no picture"),
     (ROW.numpy(), "a ndarray (3, 50, 60) of float32 is no picture"),
     (np.dstack([SMALL, SMALL[..., :1]]), "a ndarray (50, 60, 4) of uint8 is no picture"),
     ([ROW[None]], "a Tensor (1, 3, 50, 60) of torch.float32 is no picture"),

@@ -106,20 +106,6 @@ def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
     assert found == dict(zip(("disk (id 3)", "star", "frame", "disk (id 90)"), expected))
 
 
-def test_perfect_detections_give_ap_1(tmp_path):
-    truth, found = random_set(tmp_path, 7), []
-    for index in range(len(truth)):
-        rows = truth.of_image(index)
-        rows = np.arange(rows.start, rows.stop)[~truth.crowd[rows]]
-        scores = np.linspace(0.5, 0.9, len(rows)) + index / 1000  # they differ: pycocotools breaks ties by image id
-        labels = truth.labels[rows].astype(np.int64)
-        found.append((index, {"boxes": truth.boxes[rows], "labels": labels, "scores": scores}))
-    metrics = evaluation.coco_metrics(truth, found)
-    assert [metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")] == pytest.approx([1] * 7)
-    present = {truth.classes[k]["name"] for k in set(truth.labels[~truth.crowd].tolist())}
-    assert {name for name, value in metrics["classes"].items() if value == pytest.approx(1)} == present
-
-
 def test_no_detections_and_nothing_to_detect(tmp_path):
     truth = random_set(tmp_path, 3)
     for found in ([], [(index, NOTHING) for index in range(len(truth))]):
@@ -208,11 +194,6 @@ def test_macs_are_those_of_every_convolution_that_runs(kind, branch, head):
     assert (expected["fusion"] > 0) == (branch == "fused")
     expected["total"] = sum(expected.values())
     assert found == pytest.approx({name: expected[name] for name in (*PARTS, "total")}, rel=1e-9)
-
-
-def test_low_resolution_saves_three_quarters_of_all_but_the_head():
-    high, low = (count_cost(tiny_model("teacher"), branch, 256, 256)["gmacs"] for branch in ("high", "low"))
-    assert low["backbone"] == high["backbone"] / 4 and low["head"] == high["head"]
 
 
 @pytest.fixture

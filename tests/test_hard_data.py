@@ -107,13 +107,6 @@ def test_foreign_names_in_subfolders_and_a_class_that_val_lacks(data):
     assert classes["green"] == -1 and min(classes["cut \\ud83d"], classes["blue"]) >= 0
 
 
-def test_validation_pictures_without_any_box_have_no_numbers(data):
-    edit(data, lambda content: content["annotations"].clear(), "val")
-    lines = trained(data, "--res", "low")
-    assert "2 images (2 without boxes), 0 boxes" in lines["val"]
-    assert lines["low"].split()[-6:] == ["-"] * 6
-
-
 def test_results_written_to_a_file_are_what_coco_s_own_tools_read(tmp_path):
     """With the ids of the data, hashes among them, and with crowds: the AP that is printed is theirs."""
     data, path = draw_rectangles(tmp_path / "data", {"val": 6}), tmp_path / "found.json"
@@ -152,8 +145,6 @@ def test_results_written_to_a_file_are_what_coco_s_own_tools_read(tmp_path):
 
 
 def test_every_file_that_can_be_seen_in_a_folder_is_looked_at_or_named(tmp_path):
-    """Whatever it is called: without an ending, in capitals, a picture called a text, a text called a picture, names of
-    all the bytes that a file system allows, of no UTF-8."""
     folder, outside = tmp_path / "folder", tmp_path / "outside.png"
     folder.mkdir()
     Image.fromarray(noise(40, 50, 0)).save(outside)

@@ -2,7 +2,6 @@
 no images."""
 
 import io
-import random
 import struct
 import zlib
 
@@ -86,11 +85,8 @@ DEPTHS = {  # values of more than 8 bits
     "16 bits": (RAMP * 65535).astype(np.uint16),
     "12 of 16 bits, upside down": (RAMP[::-1] * 4095).astype(np.uint16),
     "big-endian": (RAMP * 4095).astype(">u2"),
-    "two values": (RAMP > 0.3).astype(np.uint16),
-    "signed": (RAMP * 3000 - 1000).astype(np.int32),
     "floats, 0 to 1": RAMP.astype(np.float32),
     "floats, degrees": (RAMP * 60 - 20).astype(np.float32),
-    "floats, tiny": (RAMP * 1e-7).astype(np.float32),
 }
 
 
@@ -112,12 +108,6 @@ def test_more_than_8_bits_are_stretched_to_the_whole_range(tmp_path, kind):
         assert_stretched(tmp_path / f"b.{ending}", np.rot90(values, -1))
         Image.fromarray(np.full_like(values, 7)).save(tmp_path / f"c.{ending}")
         assert (read(tmp_path / f"c.{ending}") == 0).all(), "a picture of one value"
-
-
-def test_a_12_bit_pnm_is_stretched_too(tmp_path):
-    values = DEPTHS["12 of 16 bits, upside down"]
-    (tmp_path / "a.pgm").write_bytes(b"P5 18 13 4095\n" + values.astype(">u2").tobytes())
-    assert_stretched(tmp_path / "a.pgm", np.floor(values * (65535 / 4095) + 0.5))  # Pillow's scale
 
 
 def chunk(kind, body):
@@ -257,20 +247,6 @@ def test_a_picture_stays_as_stored_where_only_that_has_the_annotated_size(tmp_pa
     if across and kind != "TIFF":
         assert (read(tmp_path / "oblong", other) == PIXELS).all()
     else:
-        assert_refused(tmp_path / "oblong", f"is {other[0]}x{other[1]}, but its annotations say {other[1]}x{other[0]}", other)
-
-
-def test_random_damage_to_files_never_gives_anything_but_pixels_or_a_clear_error(tmp_path):
-    rng, image, refused = random.Random(0), Image.fromarray(PIXELS), 0
-    originals = [encoded(image, kind, exif=ROTATED) for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP")]
-    for number in range(100):
-        content = bytearray(originals[number % 5])
-        for _ in range(rng.choice((1, 2, 5))):
-            content[rng.randrange(min(len(content), rng.choice((60, 10**6))))] = rng.randrange(256)
-        (tmp_path / "a").write_bytes(content)
-        try:
-            assert read_image(tmp_path / "a").shape[0] == 3
-        except InputError as error:
-            assert str(tmp_path / "a") in str(error)
-            refused += 1
-    assert 15 < refused < 85
+        assert_refused(
+            tmp_path / "oblong", f"is {other[0]}x{other[1]}, but its annotations say {other[1]}x{other[0]}", other
+        )

@@ -1,11 +1,9 @@
 """Accidents that must cost nothing but the time since: an evaluation or a drawing that fails, files that moved, two
 runs for one folder, too few descriptors, workers that end, Ctrl-C, words nobody hears, memory that runs out."""
 
-import builtins
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -25,7 +23,7 @@ from PIL import Image
 from scripts import TINY, Process, assert_same_run, call, complaint, runs, succeed
 
 from msad import models
-from msad.data import annotations, dataset
+from msad.data import dataset
 from msad.data.errors import InputError
 from msad.engine import checkpoint, drawing, evaluation, processes, run
 from msad.engine.files import open_locked, sync, warn
@@ -287,21 +285,6 @@ def test_whatever_befalls_a_worker_ends_the_run_with_its_line(squares, tmp_path,
     flags = [*TINY, "--data", squares, "--res", "low", "--workers", 1, "--iters", 3, "--out", tmp_path / "out"]
     code, lines = Process(tmp_path, train, *flags, change=change).end()
     assert code == 2 and lines[-1].startswith(expected) and not any("Traceback" in line for line in lines), lines
-
-
-def read_and_end(data):
-    dataset.SECONDS_MORE = 1
-    read = dataset.CocoDataset(annotations.read(data, "train"), (64,), 128)
-    batches = iter(dataset.loader(read, dataset.eval_batches(read, 2, 64, 0, 1), 64, 2, torch.device("cpu")))
-    builtins.kept = next(batches), batches  # so that nothing closes it in order
-
-
-def test_a_process_that_ends_while_its_readers_live_ends_with_them(squares, capfd):
-    process = multiprocessing.get_context("fork").Process(target=read_and_end, args=[squares])
-    process.start()
-    process.join(60)
-    process.kill()
-    assert process.exitcode == 0 and capfd.readouterr().err == ""
 
 
 # Ctrl-C.

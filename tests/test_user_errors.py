@@ -56,13 +56,6 @@ def test_values_no_run_can_be_made_of(home, flags):
     assert flags.split()[0] in line
 
 
-def test_a_batch_too_small_for_batchnorm(tmp_path):
-    squares = draw_rectangles(tmp_path / "data", {"train": 2, "val": 1}, sides=(64, 64))
-    flags = [*TINY, "--data", squares, "--out", tmp_path / "out", "--short-sides", 64, "--batch", 1]
-    assert "one image of one cell is too little" in complaint(train, *flags)
-    succeed(train, *flags, "--res", "high")
-
-
 def test_a_place_where_the_shapes_cannot_be_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").write_text("a file in the way")
