@@ -120,7 +120,8 @@ def find(data, split):
     found = found or [(path, path.parent) for path in beside if path.is_file()][:1]
     if len(found) != 1:
         nothing = f"no such file, and no {beside[-1]}; say with --data where the data is"
-        raise InputError(f"{data / pattern}: {f'{len(found)} files match: keep one of them' if found else nothing}")
+        fault = f"{len(found)} files match: keep one of them" if found else nothing
+        raise InputError(f"{data / pattern}: {fault}")
     return found[0]
 
 

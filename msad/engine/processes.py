@@ -18,8 +18,8 @@ PATIENCE = datetime.timedelta(hours=1)  # until a process that waits for the oth
 INTERRUPTED = 130  # the exit code of what was stopped
 # Python's and PyTorch's words; those of CUDA, of a CPU, and of CUDA's libraries.
 NO_MEMORY = ("MemoryError", "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
-LESS_MEMORY = "with a new --out, a smaller --batch or smaller --short-sides and --long-side, or --precision bf16"
-LESS_MEMORY = f"out of memory: try a larger --accumulate, which --resume takes, or, {LESS_MEMORY}"
+SMALLER = "with a new --out, a smaller --batch or smaller --short-sides and --long-side, or --precision bf16"
+LESS_MEMORY = f"out of memory: try a larger --accumulate, which --resume takes, or, {SMALLER}"
 MENDS = dict.fromkeys(NO_MEMORY, LESS_MEMORY) | {  # for the machine's limits; the first sign in an error's words counts
     "Too many open files": "too few files may be open at a time: raise the limit (ulimit -n), or try fewer --workers",
     "shared memory": "no room in /dev/shm for the workers: fewer --workers, or docker run --ipc=host",

@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 
 
 # The recipes: what each changes in COCO's. small draws shapes and needs no GPU, laptop trains on photos without a GPU,
-# photos on one GPU.
+# photos on one GPU. BASE is common to all three, NO_GPU to the first two.
 BASE = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmup": 100, "clip": 5.0, "save_every": 250}
 NO_GPU = BASE | {"backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "workers": 0}
 SMALL = NO_GPU | {
