@@ -127,12 +127,10 @@ def check_teacher(settings, out, teacher, checksum, saved):
 def new_student(settings, teacher):
     """A student with the weights that it starts from."""
     student = models.build(model_config(settings, "low", teacher.config.classes))
-    line = "from random weights"
     if settings.weights != "none":
-        line = f"from the teacher {copy_matching(student, teacher.state_dict())}"
+        processes.print_once(f"student   from the teacher {copy_matching(student, teacher.state_dict())}")
     if settings.weights not in ("teacher", "none"):
         load_weights(student, settings.weights)
-    processes.print_once(f"student   {line}")
     return student
 
 

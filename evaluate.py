@@ -13,7 +13,6 @@
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import torch
@@ -73,9 +72,8 @@ def main():
         folder = settings.get("data") if args.data is None else args.data  # "" stands for the drawn shapes
     if args.res and args.res not in model.branches:
         raise InputError(f"--res {args.res}: {args.ckpt} is a {name} and has {', '.join(model.branches)}")
-    branches = [args.res] if args.res else sorted(model.branches)
-    if args.export or args.images:
-        branches = [args.res or model.branches[0]]
+    branches = model.branches[:1] if args.export or args.images else sorted(model.branches)
+    branches = [args.res] if args.res else branches
 
     if args.export:
         if processes.is_main():
@@ -174,8 +172,6 @@ def look_at_images(args, classes, columns, out, autocast):
         raise InputError(f"--out {out}: the pictures to look at are in there; choose another folder")
     try_results([path], [])
     found, names = [], []
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends like Ctrl-C
     try:
         for number, file, image in drawing.read_all(args.images):
             seen = drawing.detect_all(image, columns, autocast)

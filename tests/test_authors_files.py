@@ -98,7 +98,7 @@ def test_a_slimmable_imagenet_backbone_sees_what_it_was_trained_on(images, width
         assert_close(our, their)
     # 53 convolutions, 53 BatchNorms of 5 tensors; three widths' BatchNorms and a classifier.
     printed = capsys.readouterr().out
-    assert printed == f"weights   --weights {tmp_path}/a.pt: taken backbone 318; left behind 797\n"
+    assert printed == f"weights   --weights {tmp_path}/a.pt: taken 318 tensors of the backbone; left behind 797\n"
 
 
 @torch.inference_mode()
@@ -113,7 +113,7 @@ def test_torchvision_weights_compute_what_torchvision_does(source, images, tmp_p
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: downloads[name, weights])
     model = tiny_model("high", width=1.0)
     load_weights(model, "imagenet" if source == "a download" else str(tmp_path / "a.pth"))
-    assert f": taken backbone {len(state) - 2}; left behind 2\n" in capsys.readouterr().out  # the classifier
+    assert f" taken {len(state) - 2} tensors of the backbone; left behind 2\n" in capsys.readouterr().out  # classifier
 
     x = images / 255
     maps = model.backbone(x)

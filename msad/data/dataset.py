@@ -152,7 +152,7 @@ def eval_batches(dataset, batch, multiple, rank, processes):
 
 def loader(dataset, batches, multiple, workers, device):
     """A DataLoader over `batches`; workers stay alive, memory is pinned for CUDA."""
-    if workers:  # file descriptors enough for batches on their way, or an OSError now rather than later
+    if workers:  # file descriptors enough for batches on their way, or an OSError now: later it would be a hang
         for descriptor in [os.open(os.devnull, os.O_RDONLY) for _ in range(16 + 12 * workers)]:
             os.close(descriptor)
     details = {"collate_fn": partial(collate, multiple=multiple), "pin_memory": device.type == "cuda"}

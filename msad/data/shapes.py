@@ -85,10 +85,8 @@ def draw_picture(seed):
 
 def _covered(a, b):
     """The part of the smaller of two boxes that lies in the other."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    smaller = min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
-    return max(width, 0) * max(height, 0) / smaller
+    width, height = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    return width * height / min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
 
 
 def _background(rng):

@@ -56,10 +56,9 @@ def coco_metrics(annotations, detections):
         evaluation.accumulate()
         evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class) over all sizes, 100 detections
-    classes, names = {}, [c["name"] for c in annotations.classes]
-    for k, c in enumerate(annotations.classes):
-        name = c["name"] if names.count(c["name"]) == 1 else f"{c['name']} (id {c['id']})"
-        classes[name] = float(precision[:, :, k].flatten().mean())  # -1 throughout where there is nothing to find
+    names = [c["name"] for c in annotations.classes]
+    unique = [n if names.count(n) == 1 else f"{n} (id {c['id']})" for n, c in zip(names, annotations.classes)]
+    classes = dict(zip(unique, precision.mean((0, 1)).tolist()))  # -1 throughout where there is nothing to find
     return dict(zip(METRICS, map(float, evaluation.stats))) | {"classes": classes}
 
 

@@ -1,7 +1,6 @@
 """Tensors from files nobody vouches for, writing without a loss, and one run a folder."""
 
 import errno
-import functools
 import os
 import sys
 from pathlib import Path
@@ -59,7 +58,7 @@ def open_locked(path):
     except (BlockingIOError, PermissionError):
         raise InputError(f"{path.parent}: in use by another run; {mend}") from None
     except OSError as error:  # of some network drives
-        warn(f"{path.parent}: no locks there ({error.strerror}): nothing keeps a second run out of this folder")
+        print(f"warning: {path.parent}: no locks there ({error.strerror}): start no second run there", file=sys.stderr)
     return file
 
 
@@ -71,10 +70,3 @@ def sync(file):
     except OSError as error:
         if error.errno not in NO_SYNC:
             raise
-        warn(f"{Path(file.name).parent}: no fsync there ({error.strerror}): a crash of the machine may cost a save")
-
-
-@functools.cache
-def warn(line):
-    """Say something once."""
-    print(f"warning: {line}", file=sys.stderr)

@@ -113,11 +113,8 @@ def init_device(name):
 
 
 def describe(device):
-    """A device in words: a card's name and memory."""
-    if device.type != "cuda":
-        return str(device)
-    card = torch.cuda.get_device_properties(device)
-    return f"{device} ({card.name}, {card.total_memory / 2**30:.0f} GiB)"
+    """A device in words, with a card's name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def native_precision(device):

@@ -14,7 +14,6 @@ width w uses their first int(w * C) output and input channels; each BatchNorm is
 """
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -44,8 +43,8 @@ BLOCK |= {"body.7.": "bn3.", "shortcut.0.": "downsample.0.", "shortcut.1.": "dow
 def load_weights(model, weights):
     """Let a model start from `weights`: "imagenet", "coco" or a file, as above.
 
-    Of a detector everything that fits is taken, class outputs if the classes are equal. Prints how many tensors of each
-    part were taken. Raises InputError for weights that do not fit the model's backbone and width.
+    Of a detector everything that fits is taken, class outputs if the classes are equal. Prints how many tensors were
+    taken. Raises InputError for weights that do not fit the model's backbone and width.
     """
     config, source = model.config, f"--weights {weights}"
     if weights == "imagenet":
@@ -54,7 +53,7 @@ def load_weights(model, weights):
         architecture = ("backbone", "width", "fpn_channels", "head_channels", "head_convs")
         check_architecture(source, config, ModelConfig("high", (), config.head), architecture)
         state = from_torchvision(download(f"{config.head}_resnet50_fpn", "COCO_V1"), config.head)
-        line = copy_matching(model, state) + "; P2 and P6, which differ there, start from P3 and P5"
+        line = copy_matching(model, state) + "; P2, which is not there, starts from P3, and P6, which differs, afresh"
     elif checkpoint.is_checkpoint(content := read_tensors(weights)):
         other = checkpoint.load(weights)
         check_architecture(source, config, other.config, ("backbone", "width"))
@@ -77,20 +76,13 @@ def check_architecture(source, config, other, names):
 def copy_matching(model, state, without=()):
     """Copy to a model the tensors of a state dict that agree in name and shape, `without` names that begin so.
 
-    Returns a line that counts by part what was taken, what of the state was not, and what of the model starts afresh.
+    Returns a line that counts what was taken, what of the state was not, and what of the model starts afresh.
     """
     own = model.state_dict()
     fits = {n: t for n, t in state.items() if not n.startswith(without) and (n not in own or own[n].shape == t.shape)}
-    _, unknown = model.load_state_dict(fits, strict=False)  # FCOS takes some biases that it had none of
-    taken = fits.keys() - set(unknown)
-    new = {n for n in own.keys() - taken if not n.endswith(".num_batches_tracked")}
-    return f"{count_by_part(taken)}; left behind {count_by_part(state.keys() - taken)}; new {count_by_part(new)}"
-
-
-def count_by_part(names):
-    """Names of tensors -> "backbone 320, fpn 12", or "nothing"."""
-    parts = Counter(name.split(".")[0] for name in names)
-    return ", ".join(f"{part} {count}" for part, count in sorted(parts.items())) or "nothing"
+    missing, unknown = model.load_state_dict(fits, strict=False)  # FCOS takes some biases that it had none of
+    taken = len(fits) - len(unknown)
+    return f"{taken} tensors; left behind {len(state) - taken}; new {len(missing)}"
 
 
 def copy_backbone(model, content, source):
@@ -104,7 +96,7 @@ def copy_backbone(model, content, source):
         if "features.0.0.weight" in layers:
             layers = slimmed(layers, model.backbone, width)
         model.backbone.load_state_dict(layers)
-    return f"backbone {len(layers)}; left behind {len(state) - len(layers)}"
+    return f"{len(layers)} tensors of the backbone; left behind {len(state) - len(layers)}"
 
 
 def slimmed(state, network, width, start=""):
@@ -141,26 +133,13 @@ def download(name, weights):
 
 
 def from_torchvision(state, head):
-    """The state dict of torchvision's FCOS or RetinaNet (`head`) -> its tensors under our names, with P2 and P6.
+    """The state dict of torchvision's FCOS or RetinaNet (`head`) -> its tensors under our names, with a P2.
 
-    There P2 does not exist: here it starts as P3 in double size. There P6 reads P5: here it starts as the convolution
-    of C5 that gives the same wherever C5 is constant, with P5 = output(lateral(C5)) taken as one 1x1 convolution:
-
-        P6 = p6 * (output * (lateral * C5 + b_lateral) + b_output) + b_p6
-        weight[o,c,y,x] = sum over i, j of p6[o,i,y,x] output[i,j] lateral[j,c], with output[i,j] summed over its 3x3
-
-    What else differs is taken up by the tensors, exactly.
+    There P2 does not exist: here it starts as P3 in double size. There P6 reads P5, here C5: it does not fit.
     """
     found = rename(state, TORCHVISION)
-    lateral, output, p6 = (found[f"fpn.{name}.weight"] for name in ("lateral.5", "output.5", "p6"))
-    lateral, output = lateral[:, :, 0, 0], output.sum((2, 3))
-    inner = output @ found["fpn.lateral.5.bias"] + found["fpn.output.5.bias"]
-    found["fpn.p6.bias"] = found["fpn.p6.bias"] + p6.sum((2, 3)) @ inner
-    found["fpn.p6.weight"] = torch.einsum("oiyx,ij,jc->ocyx", p6, output, lateral)
     found |= {f"fpn.output.2.{name}": found[f"fpn.output.3.{name}"] for name in ("weight", "bias")}
     found |= {"fpn.lateral.2.weight": torch.zeros(256, 256, 1, 1), "fpn.lateral.2.bias": torch.zeros(256)}
     if head == "fcos":  # its points are the cells' upper left corners, ours their centres, half a stride further
         found["head.box_pred.bias"] = found["head.box_pred.bias"] + torch.tensor([0.5, 0.5, -0.5, -0.5])
-    else:  # its BatchNorm adds nothing to the variance, ours 1e-5
-        found |= {n: (t - 1e-5).clamp(min=0) for n, t in found.items() if n.endswith(".running_var")}
     return found
