@@ -367,12 +367,6 @@ def test_most_boxes_below_a_pixel_or_a_fifth_outside_are_too_many_and_fewer_are_
     assert read_back(tmp_path, content).skipped == {"boxes outside their image": 11, "of unknown images": 1}
 
 
-@pytest.mark.parametrize("case", ["corners", "centres", "fractions"])
-def test_of_three_boxes_all_three_are_enough(tmp_path, case):
-    content = boxes_written(lambda x, y, X, Y, w, h: WRONG_UNITS[case][0](w // 2, h // 2, w, h, w, h), images=1)
-    assert "3 of 3 boxes " in error_of(tmp_path, content)
-
-
 plain = lambda x, y, X, Y, w, h: (x, y, X - x, Y - y)
 RIGHT = {
     "anywhere": boxes_written(plain),

@@ -18,7 +18,7 @@ import torch
 import train
 from folders import draw_rectangles
 from helpers import tiny_config, tiny_model, total
-from scripts import ROOT, TINY, call, complaint, succeed
+from scripts import ROOT, TINY, call, succeed
 from test_processes import random_batch
 from torchvision.ops import box_iou
 
@@ -143,28 +143,6 @@ def test_evaluation_gives_the_cpu_s_numbers(device, data):
         found = evaluation.evaluate(tiny_model("teacher").to(d), dataset, ["fused", "low"], batch=2)
         results.append({(b, name): metrics[name] for b, (metrics, _) in found.items() for name in evaluation.METRICS})
     assert results[0] == pytest.approx(results[1], abs=2e-3)
-
-
-def test_nan_stops_a_run_whose_checkpoint_goes_on_on_either_device(device, data, tmp_path, monkeypatch):
-    flags, losses, calls = [*ON_CUDA, "--data", data, "--out", tmp_path / "out"], models.Detector.losses, []
-
-    def spoilt(model, *arguments):
-        calls.append(model)
-        found = losses(model, *arguments)
-        found["low"]["box"] = found["low"]["box"] * (float("nan") if len(calls) == 4 else 1.0)
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(models.Detector, "losses", spoilt)
-        assert "iteration 3:" in complaint(train, *flags)
-    path = tmp_path / "out" / "last.pt"
-    content, saved = path.read_bytes(), checkpoint.read(path)
-    assert saved["training"]["done"] == 2 and not any(tensor.is_cuda for tensor in saved["model"].values())
-    assert len(checkpoint.load(path).detect([torch.rand(3, 60, 90)])) == 1
-    for name in ("cpu", "cuda"):
-        path.write_bytes(content)
-        succeed(train, "--resume", "--out", tmp_path / "out", "--device", name)
-        assert checkpoint.read(path)["training"]["done"] == 4
 
 
 def test_a_teacher_and_its_student_are_trained_and_evaluated(device, data, tmp_path):

@@ -254,14 +254,6 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(home, monkeypatc
         assert line.startswith(f"error: {home}/{place}: cannot be written")
 
 
-def test_a_checkpoint_is_not_exported_onto_itself(home, monkeypatch):
-    monkeypatch.setattr(export, "trace", None)  # is never called
-    before = (home / "model.pt").rename(home / "model.pt2").read_bytes()
-    line = complaint(evaluate, "--ckpt", home / "model.pt2", "--export", home / "val" / ".." / "model.pt2")
-    assert "model.pt2: is read, or written to, by the same command" in line
-    assert (home / "model.pt2").read_bytes() == before
-
-
 @pytest.mark.parametrize("slip", ["model.pt", "annotations/instances_val.json", "linked.json", "result.json"])
 def test_what_is_read_or_written_already_is_refused_and_stays(home, monkeypatch, slip):
     monkeypatch.setattr(evaluation, "evaluate", None)  # is never called

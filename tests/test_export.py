@@ -138,17 +138,6 @@ def test_the_file_needs_nothing_but_pytorch(export):
     assert not any(output.requires_grad for output in network(torch.zeros(1, 3, 70, 100, dtype=torch.uint8)))
 
 
-@pytest.mark.parametrize("case", [FCOS, FUSED], ids=["fcos", "fused"])
-def test_what_a_caller_needs_to_know_is_in_the_file(export, case):
-    model, file = export(*case)
-    low = case == FCOS
-    assert load(str(file))[1] == {
-        "kind": case[1], "branch": model.branches[0], "classes": list(CLASSES), "short_side": 128, "long_side": 256,
-        "scale": 2 if low else 1, "multiple": 32 if low else 64, "downsample": "area" if low else "",
-        "score_threshold": 0.05, "nms_iou": 0.6 if low else 0.5, "detections": 100,
-    }  # fmt: skip
-
-
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path):
     checkpoint.save(tmp_path / "last.pt", tiny_model("low"))
     flags = ["--ckpt", tmp_path / "last.pt", "--export"]

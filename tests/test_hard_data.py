@@ -69,15 +69,6 @@ def test_one_pixel_and_very_long_images_are_trained_on_and_evaluated(data, flags
     assert "8 images (4 without boxes), 4 boxes" in lines["train"] and "6 images (2 without" in lines["val"]
 
 
-@pytest.mark.parametrize("head", ["fcos", "retinanet"])
-def test_a_thousand_boxes_in_one_image(data, head):
-    boxes = [(x, y, 4 + x % 7, 4 + y % 5) for x in range(50) for y in range(20)]
-    for split in ("train", "val"):
-        edit(data, lambda content: content["annotations"].clear(), split)
-        add_image(data, split, 60, 70, boxes)
-    assert "1000 boxes" in trained(data, "--head", head)["train"]
-
-
 def test_foreign_names_in_subfolders_and_a_class_that_val_lacks(data):
     """Pictures of val are drawn, too; each class, one with half an emoji in its name, has the AP of its own boxes."""
     for split in ("train", "val"):

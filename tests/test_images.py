@@ -3,7 +3,6 @@ no images."""
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -110,21 +109,6 @@ def test_more_than_8_bits_are_stretched_to_the_whole_range(tmp_path, kind):
         assert (read(tmp_path / f"c.{ending}") == 0).all(), "a picture of one value"
 
 
-def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-@pytest.mark.parametrize("bands, kind", [(2, 4), (3, 2), (4, 6)])
-def test_of_16_bit_colours_the_upper_8_are_read(tmp_path, bands, kind):
-    """In a PNG written by hand: grey with alpha, RGB, RGB with alpha."""
-    values = np.random.default_rng(0).integers(0, 65536, (13, 18, bands))
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", 18, 13, 16, kind, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-    assert (read(tmp_path / "a.png") == (values[..., :3] if bands > 2 else values[..., [0, 0, 0]]) // 256).all()
-
-
 @pytest.mark.parametrize("kind", ["L", "P", "RGB", "I;16", "F"])
 def test_a_tiff_is_turned_upright_however_it_is_stored(tmp_path, kind):
     """Pillow would map plain ones of one channel into memory, and mix up their pixels."""
@@ -192,15 +176,12 @@ def after(entries):
 
 TURNED = entry(0x0112, 3, 1, b"\6\0\0\0")
 DAMAGED_EXIF = {  # -> whether the orientation, 6 in all of them, is still to be had
-    "no TIFF": (b"Exif\0\0hello world, no TIFF at all", False),
     "cut off": (exif(TURNED, entry(0x010F, 2, 40, after(2)))[:-3], True),
     "an IFD that follows itself": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + TURNED + struct.pack("<I", 8), True),
     "resolution n/0": (exif(TURNED, entry(0x011A, 5, 1, after(2)), tail=struct.pack("<II", 72, 0)), True),
-    "unit as text": (exif(TURNED, entry(0x0128, 2, 4, b"two\0")), True),
     "an IFD outside": (exif(TURNED, entry(0x8769, 4, 1, struct.pack("<I", 99_999))), True),
     "a pair of orientations": (exif(entry(0x0112, 3, 2, b"\6\0\6\0")), True),
     "orientation as text": (exif(entry(0x0112, 2, 2, b"6\0\0\0")), False),
-    "no such orientation": (exif(entry(0x0112, 3, 1, b"\x42\0\0\0")), False),
 }
 
 
@@ -221,15 +202,6 @@ def test_a_png_with_large_texts_and_a_large_profile_is_read(tmp_path):
     info.add_text("two", "x" * 70_000_000, zip=True)
     Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=info, icc_profile=bytes(1_500_000) + noise)
     assert (read(tmp_path / "a.png") == PIXELS).all()
-
-
-def test_a_png_that_lacks_nothing_but_its_end_is_read(tmp_path):
-    content = encoded(Image.fromarray(PIXELS), "PNG")
-    for missing in (1, 4, 12):
-        (tmp_path / "a.png").write_bytes(content[:-missing])
-        assert (read(tmp_path / "a.png") == PIXELS).all()
-    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
-    assert_refused(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])

@@ -194,7 +194,7 @@ def test_a_network_compiles_without_a_break_and_once_for_all_sizes(kind, head):
 
 
 class CenterHead(nn.Module):
-    """Finds an object at the cell of its centre, on the finest level only."""
+    """Finds an object at the cell of its centre, on the finest level only, as a square of 16 pixels."""
 
     anchors = 1
     nms_threshold = 0.5
@@ -203,31 +203,26 @@ class CenterHead(nn.Module):
     def __init__(self, in_channels, classes, channels, convs, object_scale=1.0):
         super().__init__()
         self.classes = classes
-        self.output = nn.Conv2d(in_channels, classes + 4, 1)
+        self.output = nn.Conv2d(in_channels, classes, 1)
 
     def forward(self, pyramid):
-        x = torch.cat([heads.flatten_cells(self.output(level), self.classes + 4) for level in pyramid], 1).float()
-        return {"logits": x[..., : self.classes], "sides": x[..., self.classes :].exp()}
+        return {"logits": torch.cat([heads.flatten_cells(self.output(level), self.classes) for level in pyramid], 1)}
 
     def assign(self, sizes, boxes, labels):
-        corners, _ = align.cells(sizes)
-        learned, near = torch.full((len(boxes), len(corners)), self.classes), torch.ones(len(boxes), len(corners), 4)
+        learned = torch.full((len(boxes), len(align.cells(sizes)[0])), self.classes)
         for i, (b, l) in enumerate(zip(boxes, labels)):
             x, y = (b[:, :2] + b[:, 2:]).div(16).long().unbind(1)
-            cells = y.clamp(max=sizes[0][0] - 1) * sizes[0][1] + x.clamp(max=sizes[0][1] - 1)
-            learned[i, cells], near[i, cells] = l, heads.boxes_to_distances(corners[cells] + 4, b).clamp(min=1) / 8
+            learned[i, y.clamp(max=sizes[0][0] - 1) * sizes[0][1] + x.clamp(max=sizes[0][1] - 1)] = l
         hot = (learned[..., None] == torch.arange(self.classes)).float()
-        return {"labels": learned, "hot": hot, "near": near, "totals": hot.sum()[None]}
+        return {"labels": learned, "hot": hot, "totals": hot.sum()[None]}
 
     def losses(self, outputs, targets):
-        box = (outputs["sides"] - targets["near"]).abs().mean(-1) * targets["hot"].amax(-1)
         cls = nn.functional.binary_cross_entropy_with_logits(outputs["logits"], targets["hot"], reduction="none")
-        return {"cls": cls.sum() / targets["totals"][0], "box": box.sum() / targets["totals"][0]}
+        return {"cls": cls.sum() / targets["totals"][0]}
 
     def decode(self, outputs, sizes, where):
-        scores = outputs["logits"].sigmoid()
-        boxes = heads.distances_to_boxes(align.cells(sizes)[0][where] + 4, outputs["sides"] * 8)
-        return boxes, torch.where(scores > 0.05, scores, 0.0)
+        scores, corners = outputs["logits"].sigmoid(), align.cells(sizes)[0][where]
+        return torch.cat([corners - 4, corners + 12], -1), torch.where(scores > 0.05, scores, 0.0)
 
 
 def test_a_head_that_only_the_table_of_heads_knows_works_everywhere(tmp_path, monkeypatch):
@@ -236,7 +231,7 @@ def test_a_head_that_only_the_table_of_heads_knows_works_everywhere(tmp_path, mo
     teacher, baseline, student = (
         models.build(tiny_config(kind, head="center")) for kind in ("teacher", "conventional", "low")
     )
-    assert copy_matching(student, teacher.state_dict()).endswith("new nothing")
+    assert copy_matching(student, teacher.state_dict()).endswith("new 0")
     images, frozen = torch.randn(2, 3, 128, 192), distillation.freeze(teacher)
     fused = frozen.pyramids(images, ["fused"])["fused"]
     for model in (teacher, baseline, student):

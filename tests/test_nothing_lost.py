@@ -176,20 +176,6 @@ def test_a_teacher_that_is_gone_is_asked_for(halted, tmp_path):
     assert f"{here}/other.pt: is not the teacher" in line
 
 
-def test_weights_from_a_file_are_needed_at_the_start_alone(uninterrupted, tmp_path, monkeypatch):
-    weights, out = tmp_path / "backbone.pt", tmp_path / "out"
-    torch.save(checkpoint.load(uninterrupted / "trained" / "last.pt").backbone.state_dict(), weights)
-    script, flags = runs(uninterrupted)["trained"]
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate_all", raising(MemoryError()))
-        complaint(script, *flags, "--weights", weights, "--out", out)
-    assert done(out) == 7
-    weights.unlink()
-    assert "--weights none" in complaint(script, "--resume", "--out", out, "--weights", "none")
-    succeed(script, "--resume", "--out", out)
-    assert done(out) == 12
-
-
 # Two runs for one folder.
 
 

@@ -13,7 +13,6 @@ from helpers import tiny_config
 from scripts import SHORT, complaint, succeed
 
 from msad.data import shapes
-from msad.data.errors import InputError
 from msad.engine import checkpoint, settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -130,11 +129,6 @@ def test_a_teacher_without_a_run_gives_its_network_only():
     found = settings.settle(known, distill.OWN, 20_000, CUDA)
     assert (found.data, found.recipe, found.short_sides) == ("d", "coco", settings.COCO["short_sides"])
     assert (found.test_side, found.backbone, found.width) == (320, "resnet101", 0.75)
-
-
-def test_settings_that_are_none_are_the_teacher_s_file_s_fault():
-    with pytest.raises(InputError, match="t.pt: a damaged checkpoint"):
-        settings.inherit(teacher_content() | {"training": {"settings": 7}}, "t.pt")
 
 
 def test_data_that_has_moved_is_one_line_and_can_be_said(uninterrupted, tmp_path):

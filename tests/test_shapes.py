@@ -10,12 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from msad.data import annotations, shapes
-from msad.images import fitted_size
-from msad.fcos import FCOSHead
-from msad.engine.settings import SMALL
 
 
 def contents(folder):
@@ -103,19 +99,3 @@ def test_boxes_are_tight_around_the_pixels_painted(monkeypatch):
         np.testing.assert_allclose(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.01)
         middle = changed[int((box[1] + box[3]) / 2), int((box[0] + box[2]) / 2)]
         assert middle == (shapes.CLASSES[label] not in ("ring", "frame")), "these have holes, all else is filled"
-
-
-def test_most_pictures_have_objects_of_the_finest_level_and_none_of_the_coarsest():
-    head = FCOSHead(32, len(shapes.CLASSES), 32, 0, SMALL["object_scale"])
-    side = SMALL["short_sides"][0]
-    assert fitted_size(shapes.SIDE, shapes.SIDE, side, SMALL["long_side"]) == (side, side)
-    sizes = [(-(-side // stride),) * 2 for stride in (8, 16, 32, 64, 128)]
-    drawn = [objects for _, objects in pictures(0, 40)]
-    boxes = [torch.tensor([box for _, box in objects]) * side / shapes.SIDE for objects in drawn]
-    labels = [torch.tensor([label for label, _ in objects]) for objects in drawn]
-    targets = head.assign(sizes, boxes, labels)
-    levels = (targets["labels"] < len(shapes.CLASSES)).split([h * w for h, w in sizes], dim=1)
-    counts = [int(level.any(1).sum()) for level in levels]  # pictures with objects at each level
-    assert min(counts[:4]) >= 3 and counts[4] == 0, counts
-    assert counts[0] > 30, counts  # of 40
-    assert set(torch.cat(labels).tolist()) == set(range(len(shapes.CLASSES)))

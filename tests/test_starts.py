@@ -3,13 +3,10 @@
 torchvision's own models stand in for their trained selves, every tensor of theirs random; nothing is downloaded.
 """
 
-import distill
 import pytest
 import torch
 import torchvision
-import train
-from helpers import CLASSES, randomize, tiny_config, tiny_model
-from scripts import TINY, complaint, succeed
+from helpers import CLASSES, randomize, tiny_model
 
 from msad import InputError, ModelConfig, align
 from msad.engine import checkpoint
@@ -142,16 +139,3 @@ def test_of_a_detector_with_another_head_the_backbone_and_pyramid_are_taken(tmp_
     model, other = tiny_model("low"), tiny_model("low", seed=1, head="retinanet")
     _, taken = start_tiny(model, other, tmp_path / "a.pt", capsys)
     assert taken == {name for name in model.state_dict() if not name.startswith("head.")}
-
-
-def test_both_scripts_start_from_a_checkpoint_and_not_from_another_backbone_s(uninterrupted, tmp_path):
-    flags = [*TINY, "--data", uninterrupted / "data", "--iters", 1, "--weights", tmp_path / "a.pt", "--out"]
-    checkpoint.save(tmp_path / "a.pt", build(tiny_config("low")))
-    said = f"weights   --weights {tmp_path}/a.pt: taken "
-    assert said in succeed(train, *flags, tmp_path / "out", "--res", "low")
-    printed = succeed(distill, *flags, tmp_path / "student", "--teacher", uninterrupted / "teacher" / "last.pt")
-    assert said in printed
-    for other in (["--width", 0.5], ["--backbone", "resnet34"]):
-        line = complaint(train, *flags, tmp_path / "b", *other)
-        meant = "--width 0.25 (not 0.5)" if "--width" in other else "--backbone resnet18 (not resnet34)"
-        assert f"a.pt: does not fit this network, only one of {meant}" in line

@@ -12,7 +12,6 @@ import train
 from folders import annotation_path, draw_rectangles
 from scripts import TINY, call, complaint, succeed
 
-from msad.data.errors import InputError
 
 DATA_ERRORS = {
     "no such folder": (["--data", "{home}/nothing"], "{home}/nothing/train/_annotations.coco.json; say with --data"),
@@ -79,15 +78,6 @@ def test_distilling_needs_a_teacher_that_fits(home, tmp_path):
     for expected, mistake in mistakes.items():
         assert expected in complaint(distill, *flags, *mistake)
     assert not list(tmp_path.glob("out/*.pt")) and teacher.read_bytes() == before
-
-
-def test_a_student_s_padding_is_its_own(home, tmp_path, monkeypatch):
-    def stop(dataset, multiple, *_):
-        raise InputError(f"padded to {multiple}")
-
-    monkeypatch.setattr(distill, "train_loader", stop)
-    flags = [*TINY, "--data", home / "data", "--out", tmp_path, "--teacher", home / "teacher" / "last.pt", "--pad", 128]
-    assert "padded to 128" in complaint(distill, *flags)
 
 
 def test_evaluation_needs_a_checkpoint_a_branch_and_a_place(home):
