@@ -152,10 +152,10 @@ def test_distillation_starts_from_the_teacher_and_its_loss_ramps_up(home):
 
     lines = {name: line_of(home, name, "student  ") for name in ("student", "wider")}
     teacher, wider = checkpoint.load(home / "teacher" / "last.pt"), checkpoint.load(home / "wider" / "last.pt")
-    parts = {part: len(getattr(teacher, part).state_dict()) for part in ("backbone", "head", "fusion")}
-    assert f"backbone {parts['backbone']}, " in lines["student"] and f"head {parts['head']};" in lines["student"]
-    assert f"fusion {parts['fusion']}" in lines["student"] and lines["student"].endswith("new nothing")
-    assert f"head {parts['head']};" in lines["wider"] and "new backbone" in lines["wider"]
+    left = 2 + len(teacher.fusion.state_dict())  # P7's convolution, and the gate
+    assert lines["student"].endswith(f" {len(teacher.state_dict()) - left} tensors; left behind {left}; new 0")
+    taken = int(lines["wider"].split(" tensors; ")[0].split()[-1])
+    assert taken >= len(teacher.head.state_dict()) and not lines["wider"].endswith("new 0")
     assert (wider.config.backbone, wider.config.width, wider.config.fpn_channels) == ("resnet34", 0.5, 32)
 
 
