@@ -1,5 +1,5 @@
-"""From pictures to detections in each picture's own pixels, for every kind of model and branch; and what an application
-hands to `detect` and does with what it gets: forms of pictures, refusals that name what came, results to be changed."""
+"""From pictures to detections in each picture's own pixels, for every kind of model and branch; and
+what an application hands to `detect`: pictures in every form, refusals that name what came."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,4 @@
-"""What is drawn: which boxes, where and in what colour, a labelled panel for each branch; and results for
-anyone's pictures."""
+"""What is drawn: which boxes, where and in what colour, a panel for each branch; and results for any pictures."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The drawn data set: the same bytes from the same seed, tight boxes, and something for each level but the coarsest."""
+"""The drawn data set: the same bytes from the same seed, and tight boxes."""
 
 import contextlib
 import hashlib

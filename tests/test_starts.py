@@ -48,7 +48,7 @@ def test_torchvisions_detector_computes_the_same_here(theirs, monkeypatch, capsy
     model = start(theirs, {"fcos": "teacher", "retinanet": "low"}[theirs.head_name], monkeypatch)
     line = capsys.readouterr().out
     assert line.startswith("weights   --weights coco: taken ") and "; P2, which" in line and line.count("\n") == 1
-    left = 2 + 1 + 2 * (theirs.head_name == "retinanet")  # class outputs, P6's weight, and P7, which a student lacks
+    left = 2 + 2 + 2 * (theirs.head_name == "retinanet")  # class outputs, P6, and P7, which a student lacks
     assert f"; left behind {left}; new " in line
     checkpoint.save(tmp_path / "a.pt", model)
     saved = checkpoint.load(tmp_path / "a.pt")
@@ -139,3 +139,5 @@ def test_of_a_detector_with_another_head_the_backbone_and_pyramid_are_taken(tmp_
     model, other = tiny_model("low"), tiny_model("low", seed=1, head="retinanet")
     _, taken = start_tiny(model, other, tmp_path / "a.pt", capsys)
     assert taken == {name for name in model.state_dict() if not name.startswith("head.")}
+    with pytest.raises(InputError, match=r"only one of --width 0.25 \(not 0.5\)"):
+        load_weights(tiny_model("low", width=0.5), str(tmp_path / "a.pt"))
