@@ -28,6 +28,12 @@ run conventional train.py --no-align --iters $both
 run low-alone train.py --res low --iters $both
 run student-pkd distill.py $teacher $pkd
 [ $# -ge 3 ] && exit
+for iters in 2400 4800; do  # the same student under a teacher that trained longer
+    [ "$head" = fcos ] || break
+    run teacher-$iters train.py --iters $iters
+    run student-$iters distill.py --teacher "$runs/teacher-$iters/last.pt"
+    run student-alone-$iters distill.py --teacher "$runs/teacher-$iters/last.pt" --kd 0
+done
 run student-narrow distill.py $teacher --head-channels 32 $pkd
 run student-slim distill.py $teacher --head-convs 1 $pkd
 run student-cold distill.py $teacher --weights none

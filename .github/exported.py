@@ -2,8 +2,8 @@
 
     python .github/exported.py student.pt2 PICTURE...    needs torch, torchvision and Pillow
 
-It prints what is found, best first: picture, class, score from 0 to 1, and the box x1 y1 x2 y2 in the pixels of the upright picture.
-Copy from here what a program of yours needs: `load` once, then `find` for each picture.
+It prints what is found, best first: picture, class, score from 0 to 1, and the box x1 y1 x2 y2 in the pixels of the
+upright picture. Copy from here what a program of yours needs: `load` once, then `find` for each picture.
 """
 
 import json
@@ -44,7 +44,8 @@ def find(network, about, picture):
     scores = scores[location, label]
     keep = batched_nms(boxes[location] - boxes.min(), scores, label, about["nms_iou"])  # it wants no negative sides
     size = torch.tensor([pixels.shape[-1], pixels.shape[-2]])
-    boxes = clip_boxes_to_image(boxes[location[keep]], pixels.shape[-2:]) * (torch.tensor(picture.size) / size).repeat(2)
+    boxes = clip_boxes_to_image(boxes[location[keep]], pixels.shape[-2:])
+    boxes = boxes * (torch.tensor(picture.size) / size).repeat(2)
     seen = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[: about["detections"], 0]
     return boxes[seen], scores[keep[seen]], label[keep[seen]]
 

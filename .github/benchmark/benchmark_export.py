@@ -1,10 +1,10 @@
 """Milliseconds an exported student takes for a picture on this CPU: benchmark.py --only export
 
 The student reads 400x672, ResNet-50, 80 classes, FCOS; slim is 128 channels in the head instead of 256. Its peer is
-torchvision's FCOS, eager, in fp32, at 800x1344. All forms of the network are measured in turns with it, from 8-bit pixels
-to what NMS keeps; the networks are untrained and find nothing, so NMS costs neither anything. torchvision's network in
-onnxruntime has neither resizing nor post-processing. With one thread the time is the processor's, with more the clock's.
-Compiling takes minutes; onnxruntime is measured where it is installed.
+torchvision's FCOS, eager, in fp32, at 800x1344. All forms of the network are measured in turns with it, from 8-bit
+pixels to what NMS keeps; the networks are untrained and find nothing, so NMS costs neither anything. torchvision's
+network in onnxruntime has neither resizing nor post-processing. With one thread the time is the processor's, with more
+the clock's. Compiling takes minutes; onnxruntime is measured where it is installed.
 """
 
 import io

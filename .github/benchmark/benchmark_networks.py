@@ -199,7 +199,8 @@ def postprocessing(head):
         regressed = "distances" if head == "fcos" else "deltas"
         outputs[regressed] = targets[regressed]
     sizes = [tuple(images.shape[-2:])]
-    finish = torch.inference_mode()(lambda: model.postprocess(pyramids["low"], outputs, "low", sizes, [(HEIGHT, WIDTH)]))
+    whole = (pyramids["low"], outputs, "low", sizes, [(HEIGHT, WIDTH)])
+    finish = torch.inference_mode()(lambda: model.postprocess(*whole))
     assert len(finish()[0]["scores"]) > 50
     return median(finish), median(our_inference(head=head))
 

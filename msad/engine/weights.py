@@ -53,7 +53,7 @@ def load_weights(model, weights):
         architecture = ("backbone", "width", "fpn_channels", "head_channels", "head_convs")
         check_architecture(source, config, ModelConfig("high", (), config.head), architecture)
         state = from_torchvision(download(f"{config.head}_resnet50_fpn", "COCO_V1"), config.head)
-        line = copy_matching(model, state, "fpn.p6.") + "; P2, which is not there, starts from P3, and P6, which differs, afresh"
+        line = copy_matching(model, state, "fpn.p6.") + "; P2, which it lacks, starts from P3, and P6 afresh"
     elif checkpoint.is_checkpoint(content := read_tensors(weights)):
         other = checkpoint.load(weights)
         check_architecture(source, config, other.config, ("backbone", "width"))
