@@ -107,8 +107,18 @@ def differences(rows):
             print(f"| {names} | {mean_and(standard_error, by_seed, '+.1f')} | ± {pictures:.1f} |")
 
 
+def check_lengths(rows):
+    """Raise AssertionError unless what trains in one go trained as long as the same seed's teacher and student."""
+    teachers = rows.get(("teacher", "fused"), {})
+    for row, branch in (("conventional", "high"), ("conventional", "low"), ("low-alone", "low")):
+        for seed, entry in rows.get((row, branch), {}).items():
+            together = 2 * teachers[seed]["iterations"]
+            assert entry["iterations"] == together, f"{entry['set']}-{entry['head']}-{seed}/{row}: not {together}"
+
+
 def main():
     for (pictures, head), rows in read().items():
+        check_lengths(rows)
         print(f"\n{pictures}, {head}\n")
         results(rows)
         differences(rows)

@@ -37,21 +37,21 @@ def test_pictures_drawn_again_count_as_if_they_were_there_again(tmp_path, monkey
     drawn = np.random.default_rng(0).integers(6, size=6).tolist()
 
     file = tmp_path / "data" / "annotations" / "instances_val.json"
-    content = json.loads(file.read_text())
-    known = content["images"], content["annotations"]
-    content["images"] = [known[0][index] | {"id": 100 + place} for place, index in enumerate(drawn)]
+    known = file.read_text()
+    content = json.loads(known)
+    images, entries = content["images"], content["annotations"]
+    content["images"] = [images[index] | {"id": 100 + place} for place, index in enumerate(drawn)]
     content["annotations"] = [
         entry | {"id": 1000 * place + entry["id"], "image_id": 100 + place}
         for place, index in enumerate(drawn)
-        for entry in known[1]
-        if entry["image_id"] == known[0][index]["id"]
+        for entry in entries
+        if entry["image_id"] == images[index]["id"]
     ]
     file.write_text(json.dumps(content))
     again = annotations.read(tmp_path / "data", "val")
     metrics = evaluation.coco_metrics(again, [(place, pairs[index][1]) for place, index in enumerate(drawn)])
 
-    content["images"], content["annotations"] = known
-    file.write_text(json.dumps(content))
+    file.write_text(known)
     monkeypatch.setattr(collect, "RESAMPLINGS", 1)
     assert collect.resampled_ap(found, pairs) == [pytest.approx(metrics["AP"], abs=6e-5)]
     assert 0.05 < metrics["AP"] < 0.95
@@ -69,14 +69,14 @@ def test_finished_runs_become_numbers_and_these_tables(uninterrupted, tmp_path, 
     assert len(two["resampled"]) == 200
 
     ap = {"student": (0.5, 0.6, 0.7), "student-alone": (0.4, 0.45, 0.5)}
-    lines = [
-        json.dumps(one | {"row": row, "seed": seed, "AP": value, "resampled": [value - 0.01, value]})
-        for row, values in ap.items()
-        for seed, value in enumerate(values)
-    ]
+    line = lambda row, seed, ap: json.dumps(one | {"row": row, "seed": seed, "AP": ap, "resampled": [ap - 0.01, ap]})
+    lines = [line(row, seed, value) for row, values in ap.items() for seed, value in enumerate(values)]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     results.main()
     printed = capsys.readouterr().out
     assert "| **student, the paper's L1** | 60.0 ± 10.0 |" in printed
     # Seeds: 10, 15, 20. Pictures: each resampling moves both rows alike.
     assert "| student, the paper's L1 - student without distillation | +15.0 ± 2.9 | ± 0.0 |" in printed
+    rows = {("teacher", "fused"): {0: one | {"iterations": 4}}, ("low-alone", "low"): {0: one | {"iterations": 7}}}
+    with pytest.raises(AssertionError, match="drawn-fcos-0/low-alone: not 8"):  # as long as teacher and student
+        results.check_lengths(rows)
