@@ -72,8 +72,7 @@ def main():
         folder = settings.get("data") if args.data is None else args.data  # "" stands for the drawn shapes
     if args.res and args.res not in model.branches:
         raise InputError(f"--res {args.res}: {args.ckpt} is a {name} and has {', '.join(model.branches)}")
-    branches = model.branches[:1] if args.export or args.images else sorted(model.branches)
-    branches = [args.res] if args.res else branches
+    branches = [args.res] if args.res else model.branches[:1] if args.export or args.images else sorted(model.branches)
 
     if args.export:
         if processes.is_main():

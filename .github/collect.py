@@ -4,7 +4,7 @@ RUNS holds what .github/comparison.sh made, a folder SET-HEAD-SEED for each set 
 one for each row. What has finished and is not in numbers.jsonl yet is printed, a line for each branch of a model:
 
     {"set", "head", "seed", "row", "branch", "iterations", "commit", "machine": where it comes from,
-     "gmacs": of one image of the tested size, all of the network, "AP" ... "ARl": COCO's twelve numbers,
+     "gmacs": of one image of the padded size that most have, all of the network, "AP" ... "ARl": COCO's twelve numbers,
      "gate": of a teacher, the mean weight on H of the five levels over the validation pictures,
      "resampled": 200 values of AP, each over as many validation pictures drawn with replacement, the same for all rows}
 """
@@ -13,6 +13,7 @@ import contextlib
 import copy
 import io
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -75,13 +76,14 @@ def collect(folder, where):
     autocast = processes.autocast(torch.device("cpu"), content["training"]["settings"]["precision"])
     found = evaluation.evaluate(model, dataset, model.branches, 8, autocast=autocast)
     more = {"gate": gate(model, dataset)} if model.config.kind == "teacher" else {}
-    side = model.config.short_side
+    sizes = [model.padded_size(dataset.network_size(index)) for index in range(len(dataset))]
+    size = [side * model.scale for side in statistics.mode(sizes)]
     for entry in last:
         branch, iterations = entry.pop("branch"), entry.pop("done")
         ours, detections = found[branch]
         assert abs(ours["AP"] - entry["AP"]) < 2e-3, (folder, branch, ours["AP"], entry["AP"])
         about = {"set": name, "head": head, "seed": int(seed), "row": folder.name, "branch": branch} | where
-        about |= {"iterations": iterations, "gmacs": cost.count_cost(model, branch, side, side)["gmacs"]["total"]}
+        about |= {"iterations": iterations, "gmacs": cost.count_cost(model, branch, *size)["gmacs"]["total"]}
         rounded = {name: round(value, 4) for name, value in (about | entry).items() if isinstance(value, float)}
         yield about | entry | rounded | more | {"resampled": resampled_ap(annotations, detections)}
 
@@ -91,8 +93,8 @@ def main():
     known = {"{set}-{head}-{seed}/{row}".format(**json.loads(line)) for line in NUMBERS.read_text().splitlines()}
     for folder in sorted(finished.parent for finished in Path(runs).glob("*/*/finished")):
         if f"{folder.parent.name}/{folder.name}" not in known:
-            for entry in collect(folder, {"commit": commit, "machine": machine}):
-                print(json.dumps(entry), flush=True)
+            entries = list(collect(folder, {"commit": commit, "machine": machine}))
+            print("\n".join(map(json.dumps, entries)), flush=True)  # all branches or none
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Prints AP as mean ± standard deviation over the seeds, and the differences between rows of the same seeds as mean ±
 standard error over the seeds, and ± the standard error that comes of the pictures (the deviation of the mean difference
-over resampled validation sets). GMACs are those of one image of the tested size, of the whole network.
+over resampled validation sets). GMACs are those of one image of the padded size that most have, of the whole network.
 """
 
 import json
@@ -108,12 +108,16 @@ def differences(rows):
 
 
 def check_lengths(rows):
-    """Raise AssertionError unless what trains in one go trained as long as the same seed's teacher and student."""
+    """Raise AssertionError unless students trained as long as the teacher of their seed, and what trains in one go as
+    long as both together."""
     teachers = rows.get(("teacher", "fused"), {})
-    for row, branch in (("conventional", "high"), ("conventional", "low"), ("low-alone", "low")):
-        for seed, entry in rows.get((row, branch), {}).items():
-            together = 2 * teachers[seed]["iterations"]
-            assert entry["iterations"] == together, f"{entry['set']}-{entry['head']}-{seed}/{row}: not {together}"
+    for (row, _), entries in rows.items():
+        lengths = 2 if row in ("conventional", "low-alone") else 1
+        for seed, entry in entries.items() if not row.startswith("teacher") else ():
+            about = f"{entry['set']}-{entry['head']}-{seed}/{row}"
+            assert seed in teachers, f"{about}: has no teacher"
+            wanted = lengths * teachers[seed]["iterations"]
+            assert entry["iterations"] == wanted, f"{about}: not {wanted}"
 
 
 def main():

@@ -119,8 +119,8 @@ class Detector(nn.Module):
         was made for; without, they are the network's input, for a low-resolution model already at low resolution.
         Returns a list of one dict per picture: `boxes` (D,4) in that picture's own pixels, `scores` (D,), best first
         and at least `threshold`, `labels` (D,); no class of a probability below 0.05 is found. Pictures are batched by
-        their padded size, so the company a picture is in changes its result by rounding at most. Raises ValueError for
-        what is no picture.
+        their padded size, at most eight together, so the company a picture is in changes its result by rounding at
+        most. Raises ValueError for what is no picture.
         """
         branch = branch or self.branches[0]
         if branch not in self.branches:
@@ -129,14 +129,13 @@ class Detector(nn.Module):
         inputs = [self.resized(image) if resize else image for image in images]
         groups = {}
         for index, image in enumerate(inputs):
-            groups.setdefault((image.dtype, self.padded_size(image.shape[-2:])), []).append(index)
-        limits = {"threshold": threshold, "max_detections": max_detections}
+            groups.setdefault((image.dtype, self.padded_size(image.shape[-2:]), index // 8), []).append(index)
         results = {}
         for members in groups.values():
-            batch = pad_to_multiple([inputs[i] for i in members], self.multiple).to(self.mean.device)
+            x = pad_to_multiple([inputs[i] for i in members], self.multiple).to(self.mean.device)
             sizes = [tuple(inputs[i].shape[-2:]) for i in members]
             originals = [tuple(images[i].shape[-2:]) for i in members]
-            found = self.detect_batch(batch, sizes, originals, [branch], **limits)
+            found = self.detect_batch(x, sizes, originals, [branch], threshold=threshold, max_detections=max_detections)
             results |= zip(members, found[branch])
         return [results[index] for index in range(len(images))]
 

@@ -19,7 +19,7 @@ def postprocess(head, outputs, map_sizes, frames, originals, threshold=0.0, max_
     """
     ends = list(accumulate(height * width * head.anchors for height, width in map_sizes))
     results = []
-    for number, (frame, original) in enumerate(zip(frames, originals)):
+    for number, ((height, width), original) in enumerate(zip(frames, originals)):
         # Most locations have nothing: on a CPU only those whose best class is above the threshold are decoded. On a GPU
         # the host would have to wait for their number, so all are.
         logits = outputs["logits"][number]
@@ -28,7 +28,6 @@ def postprocess(head, outputs, map_sizes, frames, originals, threshold=0.0, max_
             likely = likely[logits.amax(-1).float().sigmoid() > SCORE_THRESHOLD]
         boxes, scores = head.decode({name: value[number, likely] for name, value in outputs.items()}, map_sizes, likely)
         # A candidate is a pair of a location, whose box has an area within the image, and a class.
-        height, width = frame
         inside = clip_boxes_to_image(boxes, (height, width))
         wanted = (inside[:, 2:] > inside[:, :2]).all(1, keepdim=True) & (scores >= threshold)
         location, labels = (scores * wanted).nonzero(as_tuple=True)
@@ -37,11 +36,11 @@ def postprocess(head, outputs, map_sizes, frames, originals, threshold=0.0, max_
         if len(scores) > CANDIDATES_PER_LEVEL:
             best = best_of_levels(scores, likely[location], ends)
             location, labels, scores = location[best], labels[best], scores[best]
-        # Non-maximum suppression within each class, of boxes that are not clipped yet. batched_nms moves the classes
-        # apart by offsets, which works only where no coordinate is negative.
-        boxes = boxes[location]
-        lowest = torch.cat([boxes, boxes.new_zeros(1, 4)]).min()
-        keep = batched_nms(boxes - lowest, scores, labels, head.nms_threshold)[:max_detections]
+        # Non-maximum suppression within each class, of boxes that are clipped only far outside: batched_nms moves the
+        # classes apart by offsets, for which no coordinate may be negative, and a large one costs the others digits.
+        far = max(height, width)
+        near = boxes[location].clamp(-far, 2 * far) + far
+        keep = batched_nms(near, scores, labels, head.nms_threshold)[:max_detections]
         # From the branch's frame to the original image's.
         boxes = inside[location[keep]]
         boxes[:, 0::2] *= original[1] / width

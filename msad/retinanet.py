@@ -39,9 +39,8 @@ class RetinaNetHead(nn.Module):
         self.cls_logits = nn.Conv2d(channels, self.anchors * classes, 3, padding=1)
         self.box_pred = nn.Conv2d(channels, self.anchors * 4, 3, padding=1)
         heads.initialize_outputs(self.cls_logits, self.box_pred)
-        sides = [(size / ratio**0.5, size * ratio**0.5) for ratio in RATIOS for size in SIZES]
         # Width and height of a cell's anchors in strides. Plain numbers, which no device and no precision changes.
-        self.sides = (object_scale * torch.tensor(sides, device="cpu")).tolist()
+        self.sides = [(object_scale * s / r**0.5, object_scale * s * r**0.5) for r in RATIOS for s in SIZES]
 
     def forward(self, pyramid):
         """Five maps (N,C,h,w) -> {"logits": (N,R,K), "deltas": (N,R,4) from the anchors, see heads.boxes_to_deltas}."""

@@ -389,13 +389,6 @@ def test_boxes_in_pixels_are_not_taken_for_other_units(tmp_path, case):
     assert sum(read.skipped.values()) <= 2  # counted from 1, a box may lie outside
 
 
-@pytest.mark.parametrize("box", [[3, 4, 10, 12], [0, 0, 2, 2], [10, 10, 500, 500], [20, 20, 30, 31]])
-def test_a_single_box_is_taken_as_it_is(tmp_path, box):
-    content = random_content(0, 1, 0, (40, 41))
-    content["annotations"] = [{"image_id": content["images"][0]["id"], "category_id": 3, "bbox": box}]
-    assert read_back(tmp_path, content).boxes.tolist() == [[box[0], box[1], box[0] + box[2], box[1] + box[3]]]
-
-
 STRANGE = (None, "", "x", -1, 0, 0.5, 3, True, NAN, 1e300, 10**400, [], {}, [[1]], {"id": 3}, "é", 2**62)
 
 

@@ -116,6 +116,12 @@ def test_the_file_computes_what_the_model_does_of_any_size_in_its_own_precision(
     torch.testing.assert_close(model.scale * boxes[found], decoded[found], rtol=1e-4 * exact, atol=1e-3 * exact)
 
 
+def test_a_box_outside_the_picture_suppresses_none():
+    found = torch.tensor([[[-30.0, 0, -0.5, 10], [-30, 0, 4, 10]]]), torch.tensor([[[0.9], [0.8]]])
+    about = {"short_side": 64, "long_side": 64, "downsample": None, "nms_iou": 0.6, "detections": 100}
+    assert exported.find(lambda _: found, about, Image.new("RGB", (64, 64)))[0].tolist() == [[0, 0, 4, 10]]
+
+
 def test_the_script_prints_what_it_finds(export, tmp_path):
     model, file = export(*FCOS)
     picture(SIZES[0], 0).save(tmp_path / "picture.png")

@@ -120,16 +120,6 @@ def test_a_tiff_is_turned_upright_however_it_is_stored(tmp_path, kind):
         assert (read(tmp_path / "b.tif") == turn(upright)).all(), orientation
 
 
-def test_cmyk_and_grey_jpeg(tmp_path):
-    ink = np.concatenate([BLOCKS, BLOCKS[::-1, :, :1]], -1)
-    Image.fromarray(ink, "CMYK").save(tmp_path / "a.jpg", quality=98)
-    c, m, y, k = ink.astype(float).transpose(2, 0, 1)
-    expected = np.stack([(255 - part) * (255 - k) / 255 for part in (c, m, y)], -1)
-    assert np.abs(read(tmp_path / "a.jpg") - expected).max() <= 6
-    Image.fromarray(BLOCKS[..., 0]).save(tmp_path / "b.jpg", quality=98)
-    assert np.abs(read(tmp_path / "b.jpg") - three(BLOCKS[..., 0].astype(int))).max() <= 3
-
-
 def encoded(image, kind, **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)

@@ -188,7 +188,7 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path
     out, again = tmp_path / "out", tmp_path / "again"
     for folder in (out, again):
         folder.mkdir()
-    (out / "log.jsonl").write_text("an earlier run's")
+    (out / "last.pt").write_text("an earlier run's")
     (tmp_path / "link").symlink_to(out)
     refusal = "error: {}: in use by another run; choose another --out\n"
 
@@ -209,7 +209,7 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path
     (again / "go").touch()
     assert first.end()[0] == 0
     assert_same_run(out, uninterrupted / "trained")
-    assert sorted(listing(out)) == ["last.pt", "log.1.jsonl", "log.jsonl", "sheet.jpg"]
+    assert sorted(listing(out)) == ["last.1.pt", "last.pt", "log.jsonl", "sheet.jpg"]
 
 
 # Workers.
@@ -257,7 +257,7 @@ def test_whatever_befalls_a_worker_ends_the_run_with_its_line(squares, tmp_path,
 
 # Ctrl-C.
 
-SAVING, NOT_SAVING = "stopping after this iteration, then saving ...", "stopping without saving"
+SAVING, NOT_SAVING = "stopping after this iteration, then saving ...", "stopping at once; go"
 
 
 @pytest.mark.parametrize("first, second", [(SIGINT, None), (SIGTERM, SIGTERM), (SIGINT, SIGINT), (SIGTERM, SIGINT)])
@@ -284,6 +284,16 @@ def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path
         assert lines[-1] == f"stopped after 6 iterations; go on with: python train.py --resume --out {out}"
         assert done(out) == 6 and NOT_SAVING not in "\n".join(lines)
     assert code == 130
+
+
+def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(uninterrupted, tmp_path):
+    script, flags = runs(uninterrupted)["trained"]
+    change = pausing(tmp_path, evaluation, "coco_metrics", 1)
+    process = Process(tmp_path, script, *flags, "--workers", 1, "--out", tmp_path / "out", change=change)
+    process.wait_until((tmp_path / "waits").exists)
+    os.killpg(process.id, SIGTERM)
+    code, lines = process.end()
+    assert code == 130 and lines[-1] == f"{NOT_SAVING} on with: python train.py --resume --out {tmp_path / 'out'}"
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])

@@ -25,7 +25,7 @@ class PlantedHead:
 
 def detect(boxes, labels, scores, frame=FRAME, original=None, nms_threshold=0.6, **limits):
     """What comes of these boxes, all on the first level, in an image."""
-    table = torch.zeros(len(boxes), 3)
+    table = torch.zeros(len(boxes), 80)
     table[torch.arange(len(boxes)), torch.tensor(labels)] = torch.tensor(scores)
     head = PlantedHead(torch.as_tensor(boxes), table, nms_threshold=nms_threshold)
     (found,) = postprocess(head, head.outputs, LEVELS, [frame], [original or frame], **limits)
@@ -97,6 +97,8 @@ def test_nms_keeps_classes_apart_for_boxes_that_reach_out_of_the_image():
     boxes, labels, scores = [[-90, -90, 10, 10], [39, 39, 128, 128]], [1, 0], [0.9, 0.8]
     assert loop_nms(boxes, labels, scores) == [0, 1]
     assert detect(boxes, labels, scores)["boxes"].tolist() == [[0, 0, 10, 10], [39, 39, 128, 128]]
+    far, near = [-7e4, -7e4, 7e4, 7e4], [[10.6, 10, 18.6, 18], [13.4, 10, 21.4, 18]]  # IoU 0.48
+    assert len(detect([far, *near], [0, 79, 79], [0.9, 0.8, 0.7], nms_threshold=0.5)["scores"]) == 3
 
 
 def tiles(count, left):

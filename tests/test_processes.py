@@ -144,7 +144,8 @@ def work(folder):
     found = {name: evaluated(folder / name) for name in ("data", "one")}
     found["mean"] = processes.mean_over_processes(torch.tensor(10.0 * rank)).item()
     found["gathered"] = processes.gather([rank] * (2 - rank))
-    data = ["--data", folder / "data"]
+    data, evaluate, checksums = ["--data", folder / "data"], evaluation.evaluate, []
+    evaluation.evaluate = lambda model, *rest: checksums.append(distillation.checksum(model)) or evaluate(model, *rest)
     teacher = ["--teacher", folder / "teacher" / "last.pt"]
     low = [*TINY, *data, "--res", "low", "--batch", 4]
     found["outcomes"] = {
@@ -155,6 +156,7 @@ def work(folder):
         "stopped": outcome_of_an_accident(interrupt, *low, "--norm", "local", "--out", folder / "stopped"),
         "uneven parts": outcome(train, *SHORT, *data, "--out", folder / "none", "--batch", 6, "--accumulate", 2),
     }
+    found["evaluated"] = checksums[0]
     torch.save(first_step(*PARTS, "--data", folder / "square", "--out", folder / "parts"), folder / f"parts{rank}.pt")
     (folder / f"found{rank}.json").write_text(json.dumps(found))
     outcome(train, *LONG, *data, "--res", "low", "--batch", 4, "--out", folder / "whole")
@@ -208,6 +210,8 @@ def test_evaluation_by_two_processes_equals_that_by_one(two, data, images):
 
 @pytest.mark.parametrize("name, kind", [("teacher", "teacher"), ("student", "low")])
 def test_scripts_run_under_torchrun_and_write_once(two, name, kind):
+    teacher = distillation.checksum(checkpoint.load(two / "teacher" / "last.pt"))
+    assert [found["evaluated"] for found in found_by(two)] == [teacher] * 2, "BatchNorm's statistics of either process"
     content = checkpoint.read(two / name / "last.pt")
     assert content["config"].kind == kind and content["training"]["done"] == 2
     log = [json.loads(line) for line in (two / name / "log.jsonl").read_text().splitlines()]

@@ -69,8 +69,9 @@ def test_finished_runs_become_numbers_and_these_tables(uninterrupted, tmp_path, 
     assert len(two["resampled"]) == 200
 
     ap = {"student": (0.5, 0.6, 0.7), "student-alone": (0.4, 0.45, 0.5)}
-    line = lambda row, seed, ap: json.dumps(one | {"row": row, "seed": seed, "AP": ap, "resampled": [ap - 0.01, ap]})
-    lines = [line(row, seed, value) for row, values in ap.items() for seed, value in enumerate(values)]
+    line = lambda row, seed, ap: one | {"row": row, "seed": seed, "AP": ap, "resampled": [ap - 0.01, ap]}
+    lines = [json.dumps(line(row, seed, value)) for row, values in ap.items() for seed, value in enumerate(values)]
+    lines += [json.dumps(line("teacher", seed, 0.9) | {"branch": "fused"}) for seed in range(3)]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     results.main()
     printed = capsys.readouterr().out

@@ -185,3 +185,6 @@ def test_a_new_run_keeps_an_earlier_one_s_files(home, tmp_path):
     assert len(kept) == 9 and {"sheet.1.jpg", "sheet.2.jpg"} < set(kept)
     assert len({digest for name, digest in kept.items() if name.startswith(("last", "log"))}) == 6
     assert kept["last.1.pt"] == first["last.pt"] and kept["log.1.jsonl"] == first["log.jsonl"]
+    (out / "last.pt").unlink()
+    succeed(train, *flags, "--resume")  # which begins anew
+    assert digest(out / "log.3.jsonl") == kept["log.jsonl"]

@@ -181,7 +181,7 @@ def pack(content, path, folder):
 
     # What is left, sorted by image: the boxes of one image become neighbouring rows, in the order of the file.
     order = usable[np.argsort(image[usable], kind="stable")]
-    image, labels, crowd, xywh, area = (column[order] for column in (image, label, crowd, xywh, area))
+    image, labels, crowd, xywh, area = (values[order] for values in (image, label, crowd, xywh, area))
     starts = np.searchsorted(image, np.arange(len(names) + 1))
     names = np.array([os.fsencode(name) for name in names])
     boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32)

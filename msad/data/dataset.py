@@ -152,11 +152,10 @@ def eval_batches(dataset, batch, multiple, rank, processes):
 
 def loader(dataset, batches, multiple, workers, device):
     """A DataLoader over `batches`; workers stay alive, memory is pinned for CUDA."""
+    details = {"collate_fn": partial(collate, multiple=multiple), "pin_memory": device.type == "cuda"}
     if workers:  # file descriptors enough for batches on their way, or an OSError now: later it would be a hang
         for descriptor in [os.open(os.devnull, os.O_RDONLY) for _ in range(16 + 12 * workers)]:
             os.close(descriptor)
-    details = {"collate_fn": partial(collate, multiple=multiple), "pin_memory": device.type == "cuda"}
-    if workers:
         details |= {"persistent_workers": True, "worker_init_fn": ignore_signals, "timeout": WORKER_PATIENCE}
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, **details)
 
@@ -165,7 +164,7 @@ def ignore_signals(worker):
     """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean.
 
     When it ends itself it sends SIGTERM to its workers, too. So a worker reads on for some seconds, in which a run can
-    save, and then ends; unless all of them ignore SIGTERM.
+    end its iteration and save, and then ends; unless all of them ignore SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows

@@ -91,8 +91,7 @@ def table(results):
     """{row name: metrics} -> a text table of AP and its most read parts in percent, one row per line."""
     shown = METRICS[:6]
     lines = [f"{'':24}" + "".join(f"{name:>7}" for name in shown)]
-    for name, metrics in results.items():
-        lines.append(f"{name:24}" + "".join(f"{percent(metrics[m]):>7}" for m in shown))
+    lines += [f"{name:24}" + "".join(f"{percent(found[m]):>7}" for m in shown) for name, found in results.items()]
     return "\n".join(lines)
 
 

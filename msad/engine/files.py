@@ -32,8 +32,7 @@ def write_tensors(path, content):
     """Save to a file that is replaced in one step, so a crash or a full disk leaves the previous one whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    mend = "what stood there before is untouched"
-    with input_errors(path, "cannot be written", mend, (OSError, RuntimeError)):
+    with input_errors(path, "cannot be written", "what stood there before is untouched", (OSError, RuntimeError)):
         try:
             with open(temporary, "wb") as file:
                 torch.save(content, file)

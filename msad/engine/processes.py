@@ -188,6 +188,12 @@ def mean_over_processes(value):
     return value / dist.get_world_size()
 
 
+def share_buffers(model):
+    """Give every process the main one's BatchNorm statistics, which a checkpoint holds."""
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)
+
+
 def gather(items):
     """A list from each process -> all items, in the order of the processes."""
     if not dist.is_initialized():

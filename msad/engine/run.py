@@ -35,9 +35,11 @@ def open_folder(out, resume):
         with write_errors(out, "choose another --out"):
             out.mkdir(parents=True, exist_ok=True)
         log = open_locked(out / "log.jsonl")
-        if not resume and keep_earlier(out):
+        goes_on = resume and (out / "last.pt").exists()
+        if not goes_on and keep_earlier(out):
+            log.close()  # before the file is opened anew: closing it later would release the new lock
             log = open_locked(out / "log.jsonl")
-        elif resume and not (out / "last.pt").exists():
+        if resume and not goes_on:
             print(f"{out} holds no checkpoint yet: starting from the beginning")
     return log
 
@@ -93,7 +95,8 @@ def train_loader(dataset, multiple, settings, first, device):
 
 class Run:
     """A training run in the folder `out`, from iteration `first` on. A context: within it the first Ctrl-C or SIGTERM
-    is a request to stop after the iteration, and what ends it names the checkpoint to go on from."""
+    is a request to stop after the iteration (at once in an evaluation), and what ends it names the checkpoint to go on
+    from."""
 
     def __init__(self, script, out, log, settings, model, optimizer, validation_set, autocast, saved=None, **kept):
         """`saved` is the checkpoint's content that the run goes on from; `kept` is written into each new one."""
@@ -110,7 +113,7 @@ class Run:
                 log.truncate(min(length, log.tell()))
                 log.seek(0, os.SEEK_END)
         self.asked_to_stop = None  # when this process was
-        self.stops = False  # whether all processes stop after this iteration
+        self.stops = self.evaluating = False  # whether all processes stop after this iteration; what `evaluate` does
         self.collected, self.waited = [], 0.0  # the step's scalars, by part; seconds without a batch
 
     def __enter__(self):
@@ -132,17 +135,18 @@ class Run:
             raise InputError(f"{reason}; {self.resume_command()}") from None
 
     def ask_to_stop(self, number, frame):
-        """The first SIGTERM or Ctrl-C asks to stop, a second one does not wait."""
+        """The first SIGTERM or Ctrl-C asks to stop, a second one does not wait; nor does one in an evaluation."""
         now = time.monotonic()
         if self.asked_to_stop and number == signal.SIGTERM and now < self.asked_to_stop + SAME_REQUEST:
             return
-        when = "without saving" if self.asked_to_stop else "after this iteration, then saving ..."
+        at_once = self.asked_to_stop or self.evaluating  # a run was saved before it evaluates
+        when = f"at once; {self.resume_command()}" if at_once else "after this iteration, then saving ..."
         if processes.is_main():
             with contextlib.suppress(OSError):  # the terminal may be closed
                 os.write(2, f"\nstopping {when}\n".encode())  # print is not safe in the middle of another
-        if self.asked_to_stop:
-            raise KeyboardInterrupt
         self.asked_to_stop = now
+        if at_once:
+            raise KeyboardInterrupt
 
     def resume_command(self):
         """How to go on from the last checkpoint."""
@@ -203,11 +207,12 @@ class Run:
 
     def evaluate(self, done):
         """{branch: metrics} of all of the model's branches, by a folded copy of the model; written to the log."""
-        began = time.monotonic()
+        began, self.evaluating = time.monotonic(), True
+        processes.share_buffers(self.model)
         results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
         for branch, metrics in results.items():
             self.write(done=done, branch=branch, **{k: v for k, v in metrics.items() if k != "classes"})
-        self.began += time.monotonic() - began  # no time of training
+        self.began, self.evaluating = self.began + time.monotonic() - began, False  # no time of training
         return results
 
     def save(self, done):

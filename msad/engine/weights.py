@@ -1,7 +1,7 @@
 """What a model starts from: weights that torchvision, the paper's authors or this program trained.
 
     imagenet   torchvision's backbone
-    coco       torchvision's FCOS or RetinaNet, of which everything is taken but the class outputs
+    coco       torchvision's FCOS or RetinaNet, of which everything is taken but the class outputs and P6
     FILE       a backbone's ImageNet weights, torchvision's or slimmable ones, or a checkpoint of this program
 
 The authors' slimmable ResNet-50 holds the networks of four widths. Its convolutions are stored at full width, and a
