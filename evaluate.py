@@ -102,7 +102,7 @@ def main():
         raise InputError(f"{args.ckpt}: does not say what it was trained on; give --data DIR")
     (annotations,) = open_data(folder, ["val"])
     annotations = annotations.with_classes(model.config.classes, args.ckpt)
-    dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.downsample)
+    dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.input_downsample)
     paths = [path for path in (args.json, args.detections) if path]
     if processes.is_main():
         try_results(paths, [args.ckpt, args.teacher or args.ckpt, annotations.file])

@@ -63,8 +63,8 @@ def main():
     optimizer = build_optimizer(model, settings)
 
     # Pictures: a low-resolution model reads them at low resolution.
-    training_set = CocoDataset(train, settings.short_sides, settings.long_side, model.downsample, flip=True)
-    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, model.downsample)
+    training_set = CocoDataset(train, settings.short_sides, settings.long_side, model.input_downsample, flip=True)
+    validation_set = CocoDataset(val, (settings.test_side,), settings.long_side, model.input_downsample)
 
     log = open_folder(out, resume)
     print_header(settings, model, train, val, device, out)

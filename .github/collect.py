@@ -72,7 +72,7 @@ def collect(folder, where):
     content = checkpoint.read(folder / "last.pt")
     model = checkpoint.restore(content, folder / "last.pt")
     (annotations,) = open_data(content["training"]["settings"]["data"], ["val"])
-    dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.downsample)
+    dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.input_downsample)
     autocast = processes.autocast(torch.device("cpu"), content["training"]["settings"]["precision"])
     found = evaluation.evaluate(model, dataset, model.branches, 8, autocast=autocast)
     more = {"gate": gate(model, dataset)} if model.config.kind == "teacher" else {}

@@ -57,7 +57,7 @@ class Detector(nn.Module):
         self.branches = branches or (config.kind,)
         self.scale = 2 if config.kind == "low" else 1  # H's pixels per pixel of this model's input
         self.multiple = config.pad // self.scale  # of which the sides of this model's input are multiples
-        self.downsample = config.downsample if self.scale == 2 else None  # how its input is made of H; None: it is H
+        self.input_downsample = config.downsample if self.scale == 2 else None  # how it is made of H; None: it is H
         self.box_scales = dict.fromkeys(self.branches, self.scale)  # pixels of its boxes per pixel of the model's input
         self.backbone = ResNet(config.backbone, config.width)
         self.fpn = FPN(self.backbone.channels, config.fpn_channels, levels or align.LEVELS[config.kind])
@@ -176,7 +176,7 @@ class Detector(nn.Module):
     def resized(self, image):
         """An image (3,h,w) at the size this model tests at."""
         size = fitted_size(*image.shape[-2:], self.config.short_side, self.config.long_side)
-        return resize(image, size, self.downsample)
+        return resize(image, size, self.input_downsample)
 
 
 class Teacher(Detector):

@@ -217,7 +217,7 @@ def flags(home, *more):
 @pytest.mark.parametrize("kind", ["teacher", "low"])
 def test_the_size_is_the_commonest_and_such_an_image_is_timed(home, kind, monkeypatch):
     model, timed = tiny_model(kind), []
-    dataset = CocoDataset(annotations.read(home, "val"), (128,), 256, model.downsample)
+    dataset = CocoDataset(annotations.read(home, "val"), (128,), 256, model.input_downsample)
     read = CocoDataset.__getitem__
     monkeypatch.setattr(CocoDataset, "__getitem__", lambda self, item: timed.append(item[0]) or read(self, item))
     monkeypatch.setattr(cost, "milliseconds", lambda part: timed.append(part()) or len(timed))

@@ -1,14 +1,11 @@
 """The line about what each level learns, on boxes whose level is known by hand."""
 
 import pytest
-import torch
 from folders import write
 from helpers import tiny_config
 
 from msad.data import annotations
 from msad.engine import levels
-
-CPU = torch.device("cpu")
 
 
 def boxes_of(folder, sides, picture=256):
@@ -23,7 +20,7 @@ def boxes_of(folder, sides, picture=256):
 
 
 def shares(read, short_side=256, **config):
-    learned = levels.boxes_of_levels(tiny_config("high", **config), read, short_side, 256, CPU)
+    learned = levels.boxes_of_levels(tiny_config("high", **config), read, short_side, 256)
     return learned.float().mean(1).tolist()
 
 
@@ -48,7 +45,7 @@ def test_pictures_without_boxes_are_not_looked_at(tmp_path, head, boxes):
     read = boxes_of(tmp_path, (20,) * 150)
     read.crowd[:] = True
     read.crowd[[1, 77, 149][:boxes]] = False
-    line = levels.describe_levels(tiny_config("high", head=head), read, 256, 256, CPU)
+    line = levels.describe_levels(tiny_config("high", head=head), read, 256, 256)
     assert "nan" not in line and line.count("\n") == 0
     assert f"% of {boxes} boxes learn at" in line
 
@@ -56,6 +53,6 @@ def test_pictures_without_boxes_are_not_looked_at(tmp_path, head, boxes):
 def test_where_the_finest_level_learns_few_boxes_the_line_says_what_to_change(tmp_path):
     for scale, told in ((1.0, False), (0.1, True)):
         read = boxes_of(tmp_path / f"{scale}", (50,) * 20)
-        line = levels.describe_levels(tiny_config("high", object_scale=scale), read, 256, 256, CPU)
+        line = levels.describe_levels(tiny_config("high", object_scale=scale), read, 256, 256)
         assert line.startswith("levels    ") and "strides 8, 16, 32, 64, 128" in line and "short side 256" in line
         assert ("--object-scale" in line) == told

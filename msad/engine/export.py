@@ -64,9 +64,9 @@ def describe(model, branch):
     """What a caller of the exported network needs to know. Sides and `scale` are as in ModelConfig and Detector: the
     input is the picture fitted to the sides and divided by the scale."""
     about = {name: getattr(model.config, name) for name in ("kind", "classes", "short_side", "long_side")}
-    about |= {"branch": branch, "multiple": model.multiple, "scale": model.scale, "downsample": model.downsample or ""}
-    about |= {"score_threshold": SCORE_THRESHOLD, "nms_iou": model.head.nms_threshold}
-    return about | {"detections": DETECTIONS_PER_IMAGE}
+    about |= {"branch": branch, "multiple": model.multiple, "scale": model.scale}
+    about |= {"downsample": model.input_downsample or "", "score_threshold": SCORE_THRESHOLD}
+    return about | {"nms_iou": model.head.nms_threshold, "detections": DETECTIONS_PER_IMAGE}
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def print_header(settings, model, train, val, device, out):
     length += f" = {epochs:.3g} epochs of {photos} images with boxes"
     rate = f"lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up"
     print(f"schedule  {settings.recipe} recipe: {length}, {settings.optimizer}, {rate}, seed {settings.seed}")
-    print(levels.describe_levels(config, train, short_side, settings.long_side, "cpu"))
+    print(levels.describe_levels(config, train, short_side, settings.long_side))
     threads = f"{processes.world_size()} process(es) of {torch.get_num_threads()} threads"
     print(f"device    {processes.describe(device)}, {settings.precision}, {threads}")
     print(f"folder    {out}", flush=True)
