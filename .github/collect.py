@@ -13,7 +13,6 @@ import contextlib
 import copy
 import io
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -76,14 +75,12 @@ def collect(folder, where):
     autocast = processes.autocast(torch.device("cpu"), content["training"]["settings"]["precision"])
     found = evaluation.evaluate(model, dataset, model.branches, 8, autocast=autocast)
     more = {"gate": gate(model, dataset)} if model.config.kind == "teacher" else {}
-    sizes = [model.padded_size(dataset.network_size(index)) for index in range(len(dataset))]
-    size = [side * model.scale for side in statistics.mode(sizes)]
     for entry in last:
         branch, iterations = entry.pop("branch"), entry.pop("done")
         ours, detections = found[branch]
         assert abs(ours["AP"] - entry["AP"]) < 2e-3, (folder, branch, ours["AP"], entry["AP"])
         about = {"set": name, "head": head, "seed": int(seed), "row": folder.name, "branch": branch} | where
-        about |= {"iterations": iterations, "gmacs": cost.count_cost(model, branch, *size)["gmacs"]["total"]}
+        about |= {"iterations": iterations, "gmacs": cost.measure_cost(model, dataset, branch)["gmacs"]["total"]}
         rounded = {name: round(value, 4) for name, value in (about | entry).items() if isinstance(value, float)}
         yield about | entry | rounded | more | {"resampled": resampled_ap(annotations, detections)}
 

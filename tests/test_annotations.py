@@ -368,10 +368,12 @@ def test_most_boxes_below_a_pixel_or_a_fifth_outside_are_too_many_and_fewer_are_
 
 
 plain = lambda x, y, X, Y, w, h: (x, y, X - x, Y - y)
+ONE = boxes_written(plain, images=1)
 RIGHT = {
     "anywhere": boxes_written(plain),
     "small": boxes_written(plain, largest=0.01),
-    "no box": boxes_written(plain, images=1) | {"annotations": []},
+    "no box": ONE | {"annotations": []},
+    "one box, far outside": ONE | {"annotations": [ONE["annotations"][0] | {"bbox": [1, 1, 999, 999]}]},
     "counted from 1": boxes_written(lambda x, y, X, Y, w, h: (x + 1, y + 1, X - x, Y - y)),
     "the whole image": boxes_written(lambda x, y, X, Y, w, h: (0, 0, w, h)),
     "the upper left corner, larger than its place": boxes_written(lambda x, y, X, Y, w, h: (1, 1, w / 2, h / 2)),

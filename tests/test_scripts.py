@@ -154,7 +154,8 @@ def test_distillation_starts_from_the_teacher_and_its_loss_ramps_up(home):
     teacher, wider = checkpoint.load(home / "teacher" / "last.pt"), checkpoint.load(home / "wider" / "last.pt")
     left = 2 + len(teacher.fusion.state_dict())  # P7's convolution, and the gate
     assert lines["student"].endswith(f" {len(teacher.state_dict()) - left} tensors; left behind {left}; new 0")
-    assert not lines["wider"].endswith("new 0")
+    taken = int(lines["wider"].split(" tensors; ")[0].split()[-1])
+    assert taken >= len(teacher.head.state_dict()) and not lines["wider"].endswith("new 0")
     assert (wider.config.backbone, wider.config.width, wider.config.fpn_channels) == ("resnet34", 0.5, 32)
 
 

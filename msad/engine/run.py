@@ -113,7 +113,7 @@ class Run:
                 log.truncate(min(length, log.tell()))
                 log.seek(0, os.SEEK_END)
         self.asked_to_stop = None  # when this process was
-        self.stops = self.evaluating = False  # whether all processes stop after this iteration; what `evaluate` does
+        self.stops = self.evaluating = False  # all processes, after this iteration; whether `evaluate` is at work
         self.collected, self.waited = [], 0.0  # the step's scalars, by part; seconds without a batch
 
     def __enter__(self):
