@@ -20,6 +20,7 @@ import torch
 from msad.data.dataset import CocoDataset, open_data
 from msad.data.errors import InputError, checkpoint_errors, write_errors
 from msad.engine import checkpoint, cost, drawing, evaluation, export, processes
+from msad.engine.files import write_whole
 from msad.engine.run import keep_earlier
 
 
@@ -49,8 +50,8 @@ def parse():
 
     if args.batch < 1 or min(args.workers, args.draw) < 0:
         parser.error("--batch must be at least 1, --workers and --draw at least 0")
-    if args.teacher and not args.draw:
-        parser.error("--teacher: is drawn beside the checkpoint; add --draw")
+    if (args.teacher or args.out and not args.images) and not args.draw:
+        parser.error("--teacher, --out: who is drawn beside the checkpoint, and where; add --draw")
     numbers = args.json or args.detections or args.per_class
     if args.images and numbers or args.export and (numbers or args.draw):
         parser.error("--json, --detections, --per-class: of no use with --images or --export, nor --draw with --export")
@@ -107,20 +108,21 @@ def main():
     if processes.is_main():
         try_results(paths, [args.ckpt, args.teacher or args.ckpt, annotations.file])
 
-    # Files come first and words after: nothing is lost if nobody reads these.
     found = evaluation.evaluate(model, dataset, branches, args.batch, args.workers, autocast)
     if not processes.is_main():
         return
-    if args.detections:
-        category_ids = [c["id"] for c in model.config.classes]
-        write_json(args.detections, evaluation.coco_results(found[branches[0]][1], annotations.image_ids, category_ids))
     numbers = {b: found[b][0] | {"cost": cost.measure_cost(model, dataset, b, autocast)} for b in branches}
-    if args.json:
-        write_json(args.json, numbers, indent=1)
-    print(f"{args.ckpt}: {name}, {model.config.backbone} x{model.config.width:g}; {annotations.summary()}")
-    for branch in branches:
-        print_numbers(f"{name} @ {branch}", branch, numbers[branch], args.per_class)
-    print(f"\nmeasured on {device}, {precision}, {torch.get_num_threads()} thread(s)")
+    try:  # files first, words after: neither is lost for the other
+        if args.json:
+            write_json(args.json, numbers, indent=1)
+        if args.detections:
+            ids = annotations.image_ids, [c["id"] for c in model.config.classes]
+            write_json(args.detections, evaluation.coco_results(found[branches[0]][1], *ids))
+    finally:
+        print(f"{args.ckpt}: {name}, {model.config.backbone} x{model.config.width:g}; {annotations.summary()}")
+        for branch in branches:
+            print_numbers(f"{name} @ {branch}", branch, numbers[branch], args.per_class)
+        print(f"\nmeasured on {device}, {precision}, {torch.get_num_threads()} thread(s)")
     for path in paths:
         print(f"written to {path}")
     if args.draw:
@@ -149,8 +151,7 @@ def try_results(results, inputs):
 
 
 def write_json(path, content, indent=None):
-    with write_errors(path):
-        Path(path).write_text(json.dumps(content, indent=indent))
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=indent).encode()))
 
 
 def print_numbers(title, branch, numbers, per_class):

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,9 +32,7 @@ RESAMPLINGS = 200
 def resampled_ap(annotations, found):
     """AP of what a model found, [(index, detections)], over resamplings of the pictures: a list of floats."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(annotations.file)
-        results = evaluation.coco_results(found, annotations.image_ids, [c["id"] for c in annotations.classes])
-        coco = COCOeval(truth, truth.loadRes(results), "bbox")
+        coco = evaluation.coco_evaluation(annotations, found)
         coco.params.areaRng, coco.params.areaRngLbl, coco.params.maxDets = coco.params.areaRng[:1], ["all"], [100]
         coco.evaluate()
         pictures, draw = len(coco.params.imgIds), np.random.default_rng(0)
@@ -71,6 +67,7 @@ def collect(folder, where):
     content = checkpoint.read(folder / "last.pt")
     model = checkpoint.restore(content, folder / "last.pt")
     (annotations,) = open_data(content["training"]["settings"]["data"], ["val"])
+    annotations = annotations.with_classes(model.config.classes, folder / "last.pt")
     dataset = CocoDataset(annotations, (model.config.short_side,), model.config.long_side, model.input_downsample)
     autocast = processes.autocast(torch.device("cpu"), content["training"]["settings"]["precision"])
     found = evaluation.evaluate(model, dataset, model.branches, 8, autocast=autocast)

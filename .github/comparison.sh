@@ -19,14 +19,14 @@ run() {  # the folder's name, the script, its flags
     touch "$runs/$folder/finished"
 }
 
-teacher="--teacher $runs/teacher/last.pt" pkd="--kd-loss pkd --kd 3"
+teacher=(--teacher "$runs/teacher/last.pt") pkd=(--kd-loss pkd --kd 3)
 run teacher train.py
 both=$((2 * $(tail -n 1 "$runs/teacher/log.jsonl" | sed 's/.*"done": \([0-9]*\).*/\1/')))
-run student distill.py $teacher
-run student-alone distill.py $teacher --kd 0
+run student distill.py "${teacher[@]}"
+run student-alone distill.py "${teacher[@]}" --kd 0
 run conventional train.py --no-align --iters $both
 run low-alone train.py --res low --iters $both
-run student-pkd distill.py $teacher $pkd
+run student-pkd distill.py "${teacher[@]}" "${pkd[@]}"
 [ $# -ge 3 ] && exit
 for iters in 2400 4800; do  # the same student under a teacher that trained longer
     [ "$head" = fcos ] || break
@@ -34,12 +34,12 @@ for iters in 2400 4800; do  # the same student under a teacher that trained long
     run student-$iters distill.py --teacher "$runs/teacher-$iters/last.pt"
     run student-alone-$iters distill.py --teacher "$runs/teacher-$iters/last.pt" --kd 0
 done
-run student-narrow distill.py $teacher --head-channels 32 $pkd
-run student-slim distill.py $teacher --head-convs 1 $pkd
-run student-cold distill.py $teacher --weights none
-run student-cold-alone distill.py $teacher --weights none --kd 0
+run student-narrow distill.py "${teacher[@]}" --head-channels 32 "${pkd[@]}"
+run student-slim distill.py "${teacher[@]}" --head-convs 1 "${pkd[@]}"
+run student-cold distill.py "${teacher[@]}" --weights none
+run student-cold-alone distill.py "${teacher[@]}" --weights none --kd 0
 if [ "$head-$seed" = fcos-0 ]; then  # a student of half its teacher's width
     run teacher-wide train.py --width 0.5
-    run student-half distill.py --teacher "$runs/teacher-wide/last.pt" --width 0.25 $pkd
+    run student-half distill.py --teacher "$runs/teacher-wide/last.pt" --width 0.25 "${pkd[@]}"
     run student-half-alone distill.py --teacher "$runs/teacher-wide/last.pt" --width 0.25 --kd 0
 fi

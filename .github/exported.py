@@ -4,7 +4,7 @@
 
 It prints what is found, best first: picture, class, score from 0 to 1, and the box x1 y1 x2 y2 in the pixels of the
 upright picture. Copy from here what a program of yours needs: `load` once, then `find` for each picture. It finds what
-`model.detect` does, except where a level has more than 1 000 candidates.
+`model.detect` does, except where a level has more than 1 000 candidates, and refuses more than 8 bits a value.
 """
 
 import json
@@ -31,7 +31,7 @@ def resize(picture, about):
     zoom = min(Fraction(about["short_side"], min(picture.size)), Fraction(about["long_side"], max(picture.size)))
     width, height = (max(1, int(side * zoom)) for side in picture.size)
     if about["downsample"] == "area":
-        filter = Image.Resampling.HAMMING if height <= picture.height else Image.Resampling.BILINEAR
+        filter = Image.Resampling.HAMMING if height <= 1.25 * picture.height else Image.Resampling.BILINEAR
         return pil_to_tensor(picture.resize((-(-width // 2), -(-height // 2)), filter))[None]
     pixels = F.interpolate(pil_to_tensor(picture)[None], (height, width), mode="bilinear", antialias=True)
     return pixels[..., ::2, ::2] if about["downsample"] == "nearest" else pixels
@@ -44,7 +44,7 @@ def find(network, about, picture):
     inside = clip_boxes_to_image(boxes, pixels.shape[-2:])
     location, label = (scores * (inside[:, 2:] > inside[:, :2]).all(1, keepdim=True)).nonzero(as_tuple=True)
     scores, far = scores[location, label], max(pixels.shape[-2:])  # NMS wants no negative sides, and none too large
-    keep = batched_nms(boxes[location].clamp(-far, 2 * far) + far, scores, label, about["nms_iou"])
+    keep = batched_nms(boxes[location].double().clamp(-far, 2 * far) + far, scores.double(), label, about["nms_iou"])
     keep = keep[: about["detections"]]
     zoom = torch.tensor(picture.size) / torch.tensor([pixels.shape[-1], pixels.shape[-2]])
     return inside[location[keep]] * zoom.repeat(2), scores[keep], label[keep]
@@ -55,7 +55,9 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     network, about = load(sys.argv[1])
     for path in sys.argv[2:]:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as a camera's pictures are seen
-        found = find(network, about, picture)
+        picture = ImageOps.exif_transpose(Image.open(path))  # upright, as a camera's pictures are seen
+        if picture.mode[0] in "IF":
+            sys.exit(f"{path}: has more than 8 bits a value; stretch them to 0-255 first, as msad does")
+        found = find(network, about, picture.convert("RGB"))
         for box, score, label in zip(*(values.tolist() for values in found)):
             print(path, about["classes"][label]["name"], f"{score:.4f}", *(f"{side:.2f}" for side in box))

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msad import align, models
 from msad.data.dataset import CocoDataset, open_data
-from msad.engine import checkpoint, evaluation
+from msad.engine import checkpoint, evaluation, processes
 
 
 class Mixed(models.Teacher):
@@ -29,9 +29,12 @@ class Mixed(models.Teacher):
 
 
 def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     content = checkpoint.read(sys.argv[1])
     teacher, student = checkpoint.restore(content, sys.argv[1]), checkpoint.load(sys.argv[2])
     (annotations,) = open_data(content["training"]["settings"]["data"], ["val"])
+    annotations = annotations.with_classes(teacher.config.classes, sys.argv[1])
     dataset = CocoDataset(annotations, (teacher.config.short_side,), teacher.config.long_side)
     teacher.__class__, teacher.student = Mixed, student.folded()
     for taken in ((), range(5), *([level] for level in range(5))):
@@ -44,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    processes.run_script(main)

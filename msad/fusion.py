@@ -41,7 +41,7 @@ class CrossingFusion(nn.Module):
         align.check_pyramids(high, low)
         fused = []
         for high_map, low_map in zip(high, low):
-            shares = self.weights(high_map, low_map).to(high_map.dtype)  # the softmax is fp32
+            shares = self.weights(high_map, low_map).to(high_map.dtype)  # CUDA's autocast makes it fp32
             high_share, low_share = shares.view(-1, 2, 1, 1, 1).unbind(1)  # (N,1,1,1) each
             fused.append(high_share * high_map + low_share * low_map)
         return fused

@@ -23,13 +23,13 @@ def resize(image, size, downsample=None):
     """Bring an image (3,h,w), uint8 or float, to `size` (height, width) in H's pixels.
 
     With `downsample` ("area" or "nearest") the result is L: the image straight at half of `size`. In training L is the
-    image at `size`, downsampled. In one step a Hamming filter comes closest to that for "area", or the bilinear one
-    where the image would first have been enlarged. The step is Pillow's, so that others can make the same pixels
+    image at `size`, downsampled. In one step a Hamming filter comes closest to that for "area", or, where H enlarges
+    the image by more than a quarter, the bilinear one. The step is Pillow's, so that others can make the same pixels
     without this package. "nearest", the authors' choice, takes two steps.
     """
     if downsample == "nearest":
         return resize(image, size)[:, ::2, ::2]
-    kernel = Image.Resampling.BILINEAR if size[0] > image.shape[1] else Image.Resampling.HAMMING
+    kernel = Image.Resampling.BILINEAR if size[0] > 1.25 * image.shape[1] else Image.Resampling.HAMMING
     if downsample == "area":
         size = tuple(-(-side // 2) for side in size)
     if size == tuple(image.shape[1:]):

@@ -113,7 +113,8 @@ class Detector(nn.Module):
 
     def detect(self, pictures, branch=None, resize=True, threshold=0.0, max_detections=DETECTIONS_PER_IMAGE):
         """Find objects in one picture or several, of any sizes: PIL images, NumPy arrays (h,w,3) or (h,w), tensors
-        (3,h,w) or (1,h,w), RGB or grey, uint8 or floats in 0-1.
+        (3,h,w) or (1,h,w), RGB or grey, uint8 or floats in 0-1. EXIF is not read: a camera's photo may need
+        PIL.ImageOps.exif_transpose first.
 
         `branch` is one of `branches` (default: the first). With `resize` the pictures are brought to the size the model
         was made for; without, they are the network's input, for a low-resolution model already at low resolution.

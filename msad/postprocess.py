@@ -37,10 +37,10 @@ def postprocess(head, outputs, map_sizes, frames, originals, threshold=0.0, max_
             best = best_of_levels(scores, likely[location], ends)
             location, labels, scores = location[best], labels[best], scores[best]
         # Non-maximum suppression within each class, of boxes that are clipped only far outside: batched_nms moves the
-        # classes apart by offsets, for which no coordinate may be negative, and a large one costs the others digits.
+        # classes apart by offsets, for which no coordinate may be negative, none too large, and float32 too coarse.
         far = max(height, width)
-        near = boxes[location].clamp(-far, 2 * far) + far
-        keep = batched_nms(near, scores, labels, head.nms_threshold)[:max_detections]
+        near = boxes[location].double().clamp(-far, 2 * far) + far
+        keep = batched_nms(near, scores.double(), labels, head.nms_threshold)[:max_detections]
         # From the branch's frame to the original image's.
         boxes = inside[location[keep]]
         boxes[:, 0::2] *= original[1] / width

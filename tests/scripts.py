@@ -1,6 +1,7 @@
 """Running the three scripts from tests, in this process or in one of their own."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import signal
@@ -29,6 +30,14 @@ TINY = (
 ).split() + SHORT
 LENGTH = 12
 LONG = [*TINY, "--iters", f"{LENGTH}", "--save-every", "4", "--eval-every", "7"]
+
+
+def in_github(name):
+    """The module .github/NAME.py."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / ".github" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def call(script, *flags):

@@ -185,19 +185,16 @@ LATERAL = "S_backbone.fpn_lateral2.weight"
 NO_DETECTOR = "not a detector of the paper's authors, or damaged"
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (spoilt(MEAN, None), r"Missing key.*layer2.3.bn2.running_mean"),
-        (spoilt("S_backbone.fpn_lateral6.weight", torch.zeros(1)), "Unexpected key.*fpn.lateral.6.weight"),
-        (spoilt(MEAN, torch.zeros(97)), r"size mismatch for backbone.layer2.3.bn2.running_mean"),
-        (spoilt(MEAN, [0.0] * 96), NO_DETECTOR),
-        (spoilt(LATERAL, None), f"KeyError: '{LATERAL}'"),
-        (spoilt(LATERAL, torch.zeros(256, 100, 1, 1)), NO_DETECTOR),
-        ({"model": print}, "refused"),  # not a tensor but code
-        ([1, 2], NO_DETECTOR),
-    ],
-)
+@pytest.mark.parametrize("content, message", [
+    (spoilt(MEAN, None), r"Missing key.*layer2.3.bn2.running_mean"),
+    (spoilt("S_backbone.fpn_lateral6.weight", torch.zeros(1)), "Unexpected key.*fpn.lateral.6.weight"),
+    (spoilt(MEAN, torch.zeros(97)), r"size mismatch for backbone.layer2.3.bn2.running_mean"),
+    (spoilt(MEAN, [0.0] * 96), NO_DETECTOR),
+    (spoilt(LATERAL, None), f"KeyError: '{LATERAL}'"),
+    (spoilt(LATERAL, torch.zeros(256, 100, 1, 1)), NO_DETECTOR),
+    ({"model": print}, "refused"),  # not a tensor but code
+    ([1, 2], NO_DETECTOR),
+])  # fmt: skip
 def test_what_is_no_whole_detector_is_refused_in_one_line(content, message, tmp_path):
     torch.save(content, tmp_path / "a.pth")
     line = complaint(authors, tmp_path / "a.pth", tmp_path / "b.pt")
@@ -221,17 +218,14 @@ def assert_refused(message, weights, **changes):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content, backbone, message",
-    [
-        (empty_state("teacher", 0.5), "resnet50", "python -m msad.engine.authors"),
-        (empty_state("imagenet"), "resnet18", "not ImageNet weights for --backbone resnet18 --width 0.25"),
-        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "resnet18", "Missing key"),
-        (torchvision.models.resnet18().state_dict(), "resnet18", "size mismatch for conv1.weight"),
-        (empty_state("imagenet") | {"module.neck": torch.zeros(1)}, "resnet50", "Unexpected key.* \"neck\""),
-        ([1], "resnet50", "not ImageNet weights"),
-    ],
-)
+@pytest.mark.parametrize("content, backbone, message", [
+    (empty_state("teacher", 0.5), "resnet50", "python -m msad.engine.authors"),
+    (empty_state("imagenet"), "resnet18", "not ImageNet weights for --backbone resnet18 --width 0.25"),
+    ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "resnet18", "Missing key"),
+    (torchvision.models.resnet18().state_dict(), "resnet18", "size mismatch for conv1.weight"),
+    (empty_state("imagenet") | {"module.neck": torch.zeros(1)}, "resnet50", "Unexpected key.* \"neck\""),
+    ([1], "resnet50", "not ImageNet weights"),
+])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused_in_one_line(content, backbone, message, tmp_path):
     torch.save(content, tmp_path / "a.pth")
     assert_refused(f"a.pth: .*{message}", tmp_path / "a.pth", backbone=backbone)

@@ -272,7 +272,7 @@ def test_results_are_whole_before_a_word_is_said_and_an_earlier_one_stays_until_
         raise KeyboardInterrupt
 
     (home / "a").write_text("earlier")
-    more = flags(home, "--json", home / "a", "--detections", home / "b")
+    more = flags(home, "--json", home / "a", "--detections", home / "b", "--draw")
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluate", stop)
         assert call(evaluate, *more)[0] == 130 and (home / "a").read_text() == "earlier"
@@ -280,3 +280,4 @@ def test_results_are_whole_before_a_word_is_said_and_an_earlier_one_stays_until_
     monkeypatch.setattr(evaluate, "print", stop, raising=False)
     assert call(evaluate, *more)[0] == 130
     assert json.loads((home / "a").read_text())["low"] and json.loads((home / "b").read_text())
+    assert not list((home / "pictures").iterdir()), "words come before pictures, too"

@@ -1,7 +1,6 @@
 """Exported networks: .github/exported.py runs them without the package, and finds what the model itself finds."""
 
 import functools
-import importlib.util
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import torch
 from folders import noise
 from helpers import CLASSES, tiny_model
 from PIL import Image
-from scripts import ROOT, complaint, succeed
+from scripts import ROOT, complaint, in_github, succeed
 
 from msad import align
 from msad.engine import checkpoint, processes
@@ -19,9 +18,7 @@ from msad.engine.export import Exported, describe
 
 SIZES = ((90, 150), (300, 200))  # height, width of pictures that are enlarged, and shrunk
 FCOS, FUSED = ("fcos", "low", "fp32"), ("retinanet", "teacher", "bf16")  # head, kind, precision of what is traced
-specification = importlib.util.spec_from_file_location("exported", ROOT / ".github" / "exported.py")
-exported = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(exported)
+exported = in_github("exported")
 load = functools.cache(exported.load)  # loading takes seconds
 
 
@@ -125,13 +122,16 @@ def test_a_box_outside_the_picture_suppresses_none():
 def test_the_script_prints_what_it_finds(export, tmp_path):
     model, file = export(*FCOS)
     picture(SIZES[0], 0).save(tmp_path / "picture.png")
+    Image.new("I;16", (80, 60)).save(tmp_path / "grey.png")
     # Isolated, so that no msad can be imported.
-    command = [sys.executable, "-I", ROOT / ".github" / "exported.py", file, tmp_path / "picture.png"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    command = [sys.executable, "-I", ROOT / ".github" / "exported.py", file, "picture.png", "grey.png"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1 and run.stderr.startswith("grey.png: has more than 8 bits a value")
+    lines = run.stdout.splitlines()
     (expected,) = model.detect(Image.open(tmp_path / "picture.png"))
     assert len(lines) == len(expected["scores"]) > 10
     path, name, score, *box = lines[0].split()
-    assert path == str(tmp_path / "picture.png") and name == CLASSES[int(expected["labels"][0])]["name"]
+    assert path == "picture.png" and name == CLASSES[int(expected["labels"][0])]["name"]
     assert float(score) == pytest.approx(expected["scores"][0].item(), abs=1e-3)
     assert [float(side) for side in box] == pytest.approx(expected["boxes"][0].tolist(), abs=0.05)
 

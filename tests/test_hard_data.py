@@ -19,7 +19,6 @@ from scripts import TINY, call, succeed
 
 from msad.engine import checkpoint, evaluation
 
-
 CPU = ["--device", "cpu", "--precision", "fp32"]
 
 

@@ -20,7 +20,7 @@ import train
 from folders import draw_rectangles
 from helpers import tiny_model
 from PIL import Image
-from scripts import TINY, Process, assert_same_run, call, complaint, runs, succeed
+from scripts import LENGTH, TINY, Process, assert_same_run, call, complaint, runs, succeed
 
 from msad import models
 from msad.data import dataset
@@ -102,7 +102,8 @@ def look(photos, out):
 
 
 @pytest.mark.parametrize("accident, code", [
-    (raising(KeyboardInterrupt()), 130), (raising(MemoryError()), 2), (raising(ZeroDivisionError()), None),
+    (raising(KeyboardInterrupt()), 130), (lambda *_: os.kill(os.getpid(), SIGTERM), 130), (raising(MemoryError()), 2),
+    (raising(ZeroDivisionError()), None),
 ])  # fmt: skip
 def test_whatever_ends_it_what_was_found_until_then_is_written(photos, tmp_path, monkeypatch, accident, code):
     accidents = iter((drawing.detect_all, drawing.detect_all, accident))
@@ -113,13 +114,20 @@ def test_whatever_ends_it_what_was_found_until_then_is_written(photos, tmp_path,
     assert {entry["image_id"] for entry in found} == {"a.png", "b.png"}
 
 
-def test_results_on_a_data_set_are_written_before_anything_is_drawn(uninterrupted, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "compare", raising(ZeroDivisionError()))
-    flags = ["--ckpt", uninterrupted / "trained" / "last.pt", "--out", tmp_path, "--draw", "--device", "cpu"]
-    with pytest.raises(ZeroDivisionError):
-        call(evaluate, *flags, "--json", tmp_path / "a.json", "--detections", tmp_path / "found.json")
-    assert json.loads((tmp_path / "a.json").read_text())["low"]
-    assert isinstance(json.loads((tmp_path / "found.json").read_text()), list)
+def test_a_full_disk_costs_neither_earlier_results_nor_the_numbers(uninterrupted, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "a.json")
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)
+    flags = ["--ckpt", uninterrupted / "trained" / "last.pt", "--device", "cpu", "--json"]
+    assert call(evaluate, *flags, tmp_path / "pipe")[0] == 0 and json.loads(os.read(pipe, 2**16))["low"]
+    os.close(pipe)
+    whole, before = succeed(evaluate, *flags, tmp_path / "link"), (tmp_path / "a.json").read_bytes()
+    monkeypatch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
+    code, printed, complained = call(evaluate, *flags, tmp_path / "link")
+    assert code == 2 and "/link: cannot be written (No space left on device); what stood there" in complained
+    numbers = [[line for line in text.splitlines() if line.startswith("AP ")] for text in (whole, printed)]
+    assert numbers[0] == numbers[1] != [] and (tmp_path / "a.json").read_bytes() == before
+    assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 3
 
 
 # Files that moved.
@@ -238,7 +246,7 @@ def test_too_few_descriptors_are_one_line_and_a_large_batch_needs_few(squares, t
 WORKERS = {  # what befalls a worker -> the line, and how long a batch is waited for
     "dies": (lambda *_: os.kill(os.getpid(), signal.SIGKILL), "error: a worker died: try fewer --workers", 900),
     "raises": (raising(InputError("7.png: is upside down")), "error: 7.png: is upside down", 900),
-    "runs out of memory": (raising(MemoryError()), "error: out of memory: try a larger --accumulate", 900),
+    "runs out of memory": (raising(MemoryError()), "error: out of memory: evaluate.py takes", 900),
     "hangs": (lambda *_: time.sleep(10_000), "error: a worker hangs: try fewer --workers", 1),
 }
 
@@ -260,17 +268,19 @@ def test_whatever_befalls_a_worker_ends_the_run_with_its_line(squares, tmp_path,
 SAVING, NOT_SAVING = "stopping after this iteration, then saving ...", "stopping at once; go"
 
 
-@pytest.mark.parametrize("first, second", [(SIGINT, None), (SIGTERM, SIGTERM), (SIGINT, SIGINT), (SIGTERM, SIGINT)])
-def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path, first, second):
+@pytest.mark.parametrize("first, second, step", [
+    (SIGINT, None, 6), (SIGINT, None, LENGTH), (SIGTERM, SIGTERM, 6), (SIGINT, SIGINT, 6), (SIGTERM, SIGINT, 6),
+])  # fmt: skip
+def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path, first, second, step):
     """Another SIGTERM at once, which torchrun sends, is the same request."""
     script, flags = runs(uninterrupted)["trained"]
     out = tmp_path / "out"
-    process = Process(tmp_path, script, *flags, "--workers", 1, "--out", out, change=pausing(tmp_path))
+    process = Process(tmp_path, script, *flags, "--workers", 1, "--out", out, change=pausing(tmp_path, step=step))
     process.wait_until((tmp_path / "waits").exists)
     before = (out / "last.pt").read_bytes()
     os.killpg(process.id, first)  # a terminal's Ctrl-C and a cluster's SIGTERM reach the workers too
     process.wait_until(lambda: SAVING in process.output.read_text())  # in the middle of an iteration
-    assert not (tmp_path / "go").exists() and done(out) == 4
+    assert not (tmp_path / "go").exists() and done(out) == (step - 1) // 4 * 4
     if second:
         os.kill(process.id, second)
     if second == SIGINT:
@@ -281,8 +291,8 @@ def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path
     else:
         (tmp_path / "go").touch()
         code, lines = process.end()
-        assert lines[-1] == f"stopped after 6 iterations; go on with: python train.py --resume --out {out}"
-        assert done(out) == 6 and NOT_SAVING not in "\n".join(lines)
+        assert lines[-1] == f"stopped after {step} iterations; go on with: python train.py --resume --out {out}"
+        assert done(out) == step and NOT_SAVING not in "\n".join(lines)
     assert code == 130
 
 
@@ -315,14 +325,15 @@ def test_an_inherited_signal_that_is_ignored_stays_ignored(uninterrupted, tmp_pa
 # Words that nobody hears, and file systems that cannot do everything.
 
 
-@pytest.mark.parametrize("ear", ["a full disk", "a reader that left", "closed from the start", "ascii"])
+@pytest.mark.parametrize("ear", ["a terminal that closes", "a full disk", "a reader that left", "closed", "ascii"])
 def test_a_run_goes_on_whoever_hears_it(uninterrupted, tmp_path, ear):
     out = tmp_path / ("\N{SNOWMAN} \udce9" if ear == "ascii" else "out")
 
     def change():
+        pausing(tmp_path, step=2)()
         if ear == "ascii":
             sys.stdout = open(1, "w", closefd=False, encoding="ascii")
-        elif ear == "closed from the start":
+        elif ear == "closed":  # from the start
             sys.stdout = sys.stderr = None
         else:
             reader, writer = os.pipe()
@@ -330,8 +341,13 @@ def test_a_run_goes_on_whoever_hears_it(uninterrupted, tmp_path, ear):
             for number in (1, 2):
                 os.dup2(writer if ear == "a reader that left" else os.open("/dev/full", os.O_WRONLY), number)
 
-    flags = [*TINY, "--data", uninterrupted / "data", "--res", "low", "--out", out]
-    code, lines = Process(tmp_path, train, *flags, change=change).end()
+    flags = [*TINY, "--data", uninterrupted / "data", "--res", "low", "--workers", 1, "--out", out]
+    process = Process(tmp_path, train, *flags, change=change)
+    if ear == "a terminal that closes":
+        process.wait_until((tmp_path / "waits").exists)
+        os.killpg(process.id, signal.SIGHUP)
+    (tmp_path / "go").touch()
+    code, lines = process.end()
     assert code == 0 and done(out) == 4 and (out / "sheet.jpg").exists(), lines
     assert ("\\u2603 \\udce9" in "\n".join(lines)) == (ear == "ascii")
 
@@ -363,8 +379,8 @@ OUT_OF_MEMORY = (
 def test_memory_that_runs_out_is_known_by_its_words():
     for error in OUT_OF_MEMORY:
         line = processes.explain(error)
-        assert line.startswith("out of memory: try a larger --accumulate, which --resume takes, or, with a new --out, ")
-        assert all(flag in line for flag in ("--batch", "--short-sides", "--long-side", "--precision bf16"))
+        assert "out of memory: evaluate.py takes a smaller --batch, training a larger --accumulate, or, " in line
+        assert all(flag in line for flag in ("--out", "--batch", "--short-sides", "--long-side", "--precision bf16"))
     assert processes.explain(RuntimeError("shapes do not fit")) is None
 
 

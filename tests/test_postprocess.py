@@ -25,7 +25,7 @@ class PlantedHead:
 
 def detect(boxes, labels, scores, frame=FRAME, original=None, nms_threshold=0.6, **limits):
     """What comes of these boxes, all on the first level, in an image."""
-    table = torch.zeros(len(boxes), 80)
+    table = torch.zeros(len(boxes), 1203)
     table[torch.arange(len(boxes)), torch.tensor(labels)] = torch.tensor(scores)
     head = PlantedHead(torch.as_tensor(boxes), table, nms_threshold=nms_threshold)
     (found,) = postprocess(head, head.outputs, LEVELS, [frame], [original or frame], **limits)
@@ -99,6 +99,14 @@ def test_nms_keeps_classes_apart_for_boxes_that_reach_out_of_the_image():
     assert detect(boxes, labels, scores)["boxes"].tolist() == [[0, 0, 10, 10], [39, 39, 128, 128]]
     far, near = [-7e4, -7e4, 7e4, 7e4], [[10.6, 10, 18.6, 18], [13.4, 10, 21.4, 18]]  # IoU 0.48
     assert len(detect([far, *near], [0, 79, 79], [0.9, 0.8, 0.7], nms_threshold=0.5)["scores"]) == 3
+
+
+@pytest.mark.parametrize("label", [0, 79, 1202])
+@pytest.mark.parametrize("x", [3.3, 50.6, 171.7])
+@pytest.mark.parametrize("apart, count", [(1.999, 1), (2.001, 2)])  # an IoU of 0.6001, and of 0.5999
+def test_nms_is_as_exact_with_many_classes(label, x, apart, count):
+    boxes = [[x, 10, x + 8, 18], [x + apart, 10, x + apart + 8, 18]]
+    assert len(detect(boxes, [label, label], [0.9, 0.8])["scores"]) == count
 
 
 def tiles(count, left):

@@ -142,8 +142,6 @@ def work(folder):
     mine = {case: gradients(*case[:2], COUNTS[case[2]], rank, count) for case in CASES}
     torch.save(mine, folder / f"gradients{rank}.pt")
     found = {name: evaluated(folder / name) for name in ("data", "one")}
-    found["mean"] = processes.mean_over_processes(torch.tensor(10.0 * rank)).item()
-    found["gathered"] = processes.gather([rank] * (2 - rank))
     data, evaluate, checksums = ["--data", folder / "data"], evaluation.evaluate, []
     evaluation.evaluate = lambda model, *rest: checksums.append(distillation.checksum(model)) or evaluate(model, *rest)
     teacher = ["--teacher", folder / "teacher" / "last.pt"]
@@ -191,12 +189,6 @@ def test_gradients_of_two_processes_equal_those_of_one_with_the_whole_batch(two,
         assert parts[0][name].equal(parts[1][name])
         assert wanted.abs().max() > 0, name
         assert (parts[0][name] - wanted).abs().max() <= 2e-5 * wanted.abs().max(), name
-
-
-def test_the_mean_and_the_gathered_list_are_over_both_processes(two):
-    assert [found["mean"] for found in found_by(two)] == [5, 5]
-    assert [found["gathered"] for found in found_by(two)] == [[0, 0, 1], [0, 0, 1]]
-    assert processes.mean_over_processes(torch.tensor(7.0)) == 7 and processes.gather([1, 2]) == [1, 2]
 
 
 @pytest.mark.parametrize("data, images", [("data", 5), ("one", 1)])

@@ -41,10 +41,8 @@ def teacher_content(**changes):
     run = ("data", "recipe", "short_sides")
     config = {name: value for name, value in values.items() if name not in (*run, "test_side")}
     stored = settings.COCO | {"iters": 77, "lr": 0.5, "seed": 9} | {name: values[name] for name in run}
-    return {
-        "config": tiny_config("teacher", short_side=values["test_side"], **config),
-        "training": {"settings": stored},
-    }
+    config = tiny_config("teacher", short_side=values["test_side"], **config)
+    return {"config": config, "training": {"settings": stored}}
 
 
 @pytest.mark.parametrize("known, photos, device, recipe, reason", [
@@ -82,23 +80,20 @@ def test_the_length_of_a_run_on_photos_follows_from_their_number(recipe, count, 
     assert settings.settle({"recipe": recipe} | typed, train.OWN, count, CPU).iters == iters
 
 
-@pytest.mark.parametrize(
-    "typed, expected",
-    [
-        # Statistics of BatchNorm stay only where there are some.
-        ({"recipe": "photos"}, {"norm": "frozen"}),
-        ({"recipe": "photos", "weights": "none"}, {"norm": "sync"}),
-        ({"recipe": "photos", "weights": "none", "norm": "local"}, {"norm": "local"}),
-        # The learning rate is in proportion to the batch unless it is typed.
-        ({"batch": 2}, {"lr": 0.008 / 4, "iters": 1200}),
-        ({"batch": 2, "lr": 0.7}, {"lr": 0.7}),
-        ({"recipe": "coco", "batch": 32}, {"lr": 0.02}),
-        # A small RetinaNet takes smaller steps, and more of them.
-        ({"head": "retinanet"}, {"iters": 2000, "eval_every": 1000, "lr": 0.003}),
-        ({"head": "retinanet", "batch": 4, "iters": 7}, {"iters": 7, "lr": 0.0015}),
-        ({"head": "retinanet", "recipe": "coco"}, {"iters": 90_000, "lr": 0.01}),
-    ],
-)
+@pytest.mark.parametrize("typed, expected", [
+    # Statistics of BatchNorm stay only where there are some.
+    ({"recipe": "photos"}, {"norm": "frozen"}),
+    ({"recipe": "photos", "weights": "none"}, {"norm": "sync"}),
+    ({"recipe": "photos", "weights": "none", "norm": "local"}, {"norm": "local"}),
+    # The learning rate is in proportion to the batch unless it is typed.
+    ({"batch": 2}, {"lr": 0.008 / 4, "iters": 1200}),
+    ({"batch": 2, "lr": 0.7}, {"lr": 0.7}),
+    ({"recipe": "coco", "batch": 32}, {"lr": 0.02}),
+    # A small RetinaNet takes smaller steps, and more of them.
+    ({"head": "retinanet"}, {"iters": 2000, "eval_every": 1000, "lr": 0.003}),
+    ({"head": "retinanet", "batch": 4, "iters": 7}, {"iters": 7, "lr": 0.0015}),
+    ({"head": "retinanet", "recipe": "coco"}, {"iters": 90_000, "lr": 0.01}),
+])  # fmt: skip
 def test_what_follows_from_what_is_typed(typed, expected):
     teacher = settings.inherit(teacher_content(head="fcos"), "t.pt")
     for script, inherited in ((train, {}), (distill, teacher)):  # a teacher's run was of the small recipe

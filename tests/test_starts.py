@@ -90,13 +90,10 @@ def test_a_level_without_a_counterpart_starts_beside_it(theirs, monkeypatch):
     torch.testing.assert_close(p2, model.fpn.output["3"](double(merged3)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "changes, flags",
-    [
-        ({"width": 0.5}, "--width 1.0 (not 0.5)"),
-        ({"backbone": "resnet101", "head_convs": 2}, "--backbone resnet50 (not resnet101), --head-convs 4 (not 2)"),
-    ],
-)
+@pytest.mark.parametrize("changes, flags", [
+    ({"width": 0.5}, "--width 1.0 (not 0.5)"),
+    ({"backbone": "resnet101", "head_convs": 2}, "--backbone resnet50 (not resnet101), --head-convs 4 (not 2)"),
+])  # fmt: skip
 def test_torchvisions_detector_fits_one_network_only(changes, flags):
     with pytest.raises(InputError) as error:
         load_weights(build(ModelConfig("high", CLASSES, **changes)), "coco")

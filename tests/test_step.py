@@ -53,16 +53,14 @@ def run(uninterrupted, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "name, flags, part, spoil, text",  # the part of the loss that the tenth batch spoils, how, and what is said
-    [
-        ("trained", [], "box", lambda value: value * NAN, "/box nan"),
-        ("trained", [], "cls", lambda value: value + INF, "/cls inf"),
-        ("trained", [], "box", steep, "gradient nan"),
-        ("distilled", [], "box", steep, "gradient nan"),
-        ("trained", ["--res", "multi"], "box", lambda value: value * NAN, "/box nan"),
-    ],
-)
+# The part of the loss that the tenth batch spoils, how, and what is said.
+@pytest.mark.parametrize("name, flags, part, spoil, text", [
+    ("trained", [], "box", lambda value: value * NAN, "/box nan"),
+    ("trained", [], "cls", lambda value: value + INF, "/cls inf"),
+    ("trained", [], "box", steep, "gradient nan"),
+    ("distilled", [], "box", steep, "gradient nan"),
+    ("trained", ["--res", "multi"], "box", lambda value: value * NAN, "/box nan"),
+])  # fmt: skip
 def test_a_step_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(
     uninterrupted, tmp_path, monkeypatch, steps, run, name, flags, part, spoil, text
 ):

@@ -12,7 +12,6 @@ import train
 from folders import annotation_path, draw_rectangles
 from scripts import TINY, call, complaint, succeed
 
-
 DATA_ERRORS = {
     "no such folder": (["--data", "{home}/nothing"], "{home}/nothing/train/_annotations.coco.json; say with --data"),
     "out is a file": (["--out", "{home}/file"], "{home}/file"),

@@ -35,7 +35,7 @@ ID = "a whole number", is_whole
 SIDE = "a number of pixels", lambda v: is_whole(v) and 0 < v < 2**31
 AREA = "a number", lambda v: v is None or is_number(v)
 BOX = "a list of four numbers", lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_number, v))
-FLAG = "0 or 1", lambda v: v is None or isinstance(v, (int, float, str)) and v in (0, 1, "0", "1")
+FLAG = "0 or 1", lambda v: v in (None, 0, 1, "0", "1")
 TEXT = "a text", lambda v: isinstance(v, str)
 
 

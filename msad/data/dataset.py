@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,35 +110,24 @@ def collate(items, multiple):
     return Batch(pad_to_multiple(images, multiple), sizes, torch.cat(boxes), torch.cat(labels), counts, indices)
 
 
-class TrainBatches:
-    """Endless batches of (index, seed), a pure function of seed and position, so a resumed run meets the same ones.
+def train_batches(annotations, batch, seed, rank=0, processes=1):
+    """Endless batches of (index, seed), a function of seed and position alone, so a resumed run meets the same ones.
 
     Every epoch is shuffled anew; images fill a batch with others of their own orientation, so that less is padded. With
     several processes each takes its own part of every batch.
     """
-
-    def __init__(self, annotations, batch, seed, start=0, rank=0, processes=1):
-        self.trainable = annotations.trainable()
-        self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
-        self.batch, self.seed, self.start = batch, seed, start
-        self.mine = slice(rank * batch // processes, (rank + 1) * batch // processes)
-
-    def __iter__(self):
-        waiting = {True: [], False: []}  # wide and upright images, until their batch is full
-        batches = drawn = epoch = 0
-        while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.trainable)
-            for index in order.tolist():
-                group = waiting[bool(self.wide[index])]
-                group.append((index, f"{self.seed}/{drawn}"))  # the item's own seed: no two draws are alike
-                drawn += 1
-                if len(group) == self.batch:
-                    # A resumed run draws the batches of before once more, and reads none of them.
-                    if batches >= self.start:
-                        yield group[self.mine]
-                    batches += 1
-                    group.clear()
-            epoch += 1  # what waits goes on into the next epoch
+    trainable, wide = annotations.trainable(), annotations.sizes[:, 1] >= annotations.sizes[:, 0]
+    mine = slice(rank * batch // processes, (rank + 1) * batch // processes)
+    waiting = {True: [], False: []}  # wide and upright images, until their batch is full
+    drawn = 0
+    for epoch in count():  # what waits at the end of one goes on into the next
+        for index in np.random.default_rng([seed, epoch]).permutation(trainable).tolist():
+            group = waiting[bool(wide[index])]
+            group.append((index, f"{seed}/{drawn}"))  # the item's own seed: no two draws are alike
+            drawn += 1
+            if len(group) == batch:
+                yield group[mine]
+                group.clear()
 
 
 def eval_batches(dataset, batch, multiple, rank, processes):

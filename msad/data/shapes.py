@@ -1,7 +1,7 @@
 """The embedded data set: pictures of shapes in COCO format, drawn once from a seed, the same bytes every time.
 
-It is made to be learnt in minutes and still be a fair test of low-resolution detection: six classes in pairs that share
-an outline and differ in detail, log-uniform sizes, tilts, gradients, blur, noise, low contrast, clutter that is
+It is made to be learnt in minutes and still be a fair test of low-resolution detection: six classes, of which disk and
+ring, square and frame share an outline, log-uniform sizes, tilts, gradients, blur, noise, low contrast, clutter that is
 nothing, and shapes that cover each other in part. As on COCO, where 480 pixels become 800, a picture is smaller than
 the network's high-resolution input, here 256x256: low resolution is 0.9 of the picture's own. And as on COCO half of
 the objects are the finest level's, the one that L reads at P2; none is as large as the coarsest level is for.
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIDE = 144
-SIZES = (22, 130)  # the longer side of a shape's outline before it is tilted, in pixels
+SIZES = (22, 130)  # of a disk or ring across, in pixels; other shapes are up to 13 % smaller
 TRAIN, VAL = 1000, 500
 OVERSAMPLING = 3  # shapes are drawn this much larger and averaged down, for smooth edges
 CLASSES = ("disk", "ring", "square", "frame", "triangle", "star")

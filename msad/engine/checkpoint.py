@@ -7,9 +7,11 @@ A checkpoint is plain tensors, numbers and text, so it loads without running any
 
 from dataclasses import asdict
 
+import torch
+
 from ..data.errors import InputError, checkpoint_errors
 from ..models import ModelConfig, build
-from .files import read_tensors, write_tensors
+from .files import read_tensors, write_whole
 
 FORMAT = 1
 CONVERT = "a detector of the paper's authors is converted by python -m msad.engine.authors THEIRS.pth OURS.pt"
@@ -18,7 +20,7 @@ CONVERT = "a detector of the paper's authors is converted by python -m msad.engi
 def save(path, model, training=None):
     """Write a checkpoint of a model, not of its folded copy. Raises InputError; what stood there is then untouched."""
     content = {"msad": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "training": training}
-    write_tensors(path, content)
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def load(path, device="cpu", want=None):

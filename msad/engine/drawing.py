@@ -96,7 +96,6 @@ def color(index):
     return ImageColor.getrgb(f"hsv({(209 + 137.508 * index) % 360:.0f},80%,{(75, 95)[index % 2]}%)")
 
 
-
 def read_all(source):
     """Yield (number, path, image) for a picture, or for each in a folder (not below it), numbered by name from 1.
 

@@ -37,11 +37,8 @@ def evaluate(model, dataset, branches, batch, workers=0, autocast=contextlib.nul
     return {branch: (coco_metrics(dataset.annotations, pairs), pairs) for branch, pairs in found.items()}
 
 
-def coco_metrics(annotations, detections):
-    """Annotations and [(index, detections)] in the files' pixels -> the twelve {"AP": ...} and "classes", {name: AP}.
-
-    Values are pycocotools' own: from 0 to 1, and -1 where there is nothing to find.
-    """
+def coco_evaluation(annotations, detections):
+    """Annotations and [(index, detections)] in the files' pixels -> pycocotools' evaluation of them, to be run."""
     images = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
     columns = images, annotations.labels, annotations.boxes, annotations.areas, annotations.crowd
     truth = [
@@ -50,8 +47,16 @@ def coco_metrics(annotations, detections):
     ]
     found = coco_results(detections, range(len(annotations)), range(len(annotations.classes)))
     results = [entry | {"area": entry["bbox"][2] * entry["bbox"][3]} for entry in found]
+    return COCOeval(coco_of(annotations, truth), coco_of(annotations, results), "bbox")
+
+
+def coco_metrics(annotations, detections):
+    """Annotations and [(index, detections)] as above -> the twelve {"AP": ...} and "classes", {name: AP}.
+
+    Values are pycocotools' own: from 0 to 1, and -1 where there is nothing to find.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(coco_of(annotations, truth), coco_of(annotations, results), "bbox")
+        evaluation = coco_evaluation(annotations, detections)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -7,7 +7,6 @@ What remains for the caller, resizing, NMS and scaling back, is shown in .github
 file as JSON (see `describe`), under NOTES in its extra files. NOTES.md makes an .onnx of it.
 """
 
-import io
 import json
 import warnings
 from pathlib import Path
@@ -17,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import align
-from ..data.errors import InputError, write_errors
+from ..data.errors import InputError
 from ..heads import SCORE_THRESHOLD
 from ..postprocess import DETECTIONS_PER_IMAGE
+from .files import write_whole
 
 NOTES = "msad.json"
 SAMPLE = (2, 3, 300, 500)  # to trace with; no two sides alike and no map of one cell, so that none is taken for fixed
@@ -50,13 +50,11 @@ def save(path, model, branch, precision="fp32"):
     """Write a model, read from a branch, to a .pt2 file -> one line on what it takes. Raises InputError."""
     if Path(path).suffix != ".pt2":
         raise InputError(f"--export {path}: must end in .pt2")
-    file = io.BytesIO()
+    notes = {NOTES: json.dumps(describe(model, branch))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights in channels_last, which are saved as they should be
         program = trace(Exported(model, branch, precision).eval())
-        torch.export.save(program, file, extra_files={NOTES: json.dumps(describe(model, branch))})
-    with write_errors(path):
-        Path(path).write_bytes(file.getvalue())
+        write_whole(path, lambda file: torch.export.save(program, file, extra_files=notes))
     return f"images, uint8 (N,3,h,w) -> boxes (N,R,4), scores (N,R,{len(model.config.classes)})"
 
 

@@ -28,18 +28,22 @@ def read_tensors(path):
         raise InputError(f"{path}: refused: not a file of plain tensors ({fault})") from None
 
 
-def write_tensors(path, content):
-    """Save to a file that is replaced in one step, so a crash or a full disk leaves the previous one whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+def write_whole(path, write):
+    """Let `write` fill a file that is replaced in one step, so a crash or a full disk leaves the previous one whole.
+    Raises InputError. What is no file but a device or a pipe is written to as it is."""
+    real = Path(path).resolve()  # a link stays one
+    special = os.path.exists(path) and not os.path.isfile(path)
+    temporary = Path(path) if special else real.with_name(real.name + ".tmp")
     with input_errors(path, "cannot be written", "what stood there before is untouched", (OSError, RuntimeError)):
         try:
             with open(temporary, "wb") as file:
-                torch.save(content, file)
+                write(file)
                 sync(file)
-            os.replace(temporary, path)
+            if not special:
+                os.replace(temporary, real)
         finally:
-            temporary.unlink(missing_ok=True)
+            if not special:
+                temporary.unlink(missing_ok=True)
 
 
 def open_locked(path):

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import io
 import os
+import signal
 import sys
 import traceback
 
@@ -19,7 +20,7 @@ INTERRUPTED = 130  # the exit code of what was stopped
 # Python's and PyTorch's words; those of CUDA, of a CPU, and of CUDA's libraries.
 NO_MEMORY = ("MemoryError", "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
 SMALLER = "with a new --out, a smaller --batch or smaller --short-sides and --long-side, or --precision bf16"
-LESS_MEMORY = f"out of memory: try a larger --accumulate, which --resume takes, or, {SMALLER}"
+LESS_MEMORY = f"out of memory: evaluate.py takes a smaller --batch, training a larger --accumulate, or, {SMALLER}"
 MENDS = dict.fromkeys(NO_MEMORY, LESS_MEMORY) | {  # for the machine's limits; the first sign in an error's words counts
     "Too many open files": "too few files may be open at a time: raise the limit (ulimit -n), or try fewer --workers",
     "shared memory": "no room in /dev/shm for the workers: fewer --workers, or docker run --ipc=host",
@@ -64,6 +65,10 @@ def unfailing(stream):
 def run_script(main):
     """Call a script's `main`, and turn what the user can mend into one line and exit code 2."""
     sys.stdout, sys.stderr = unfailing(sys.stdout), unfailing(sys.stderr)
+    if hasattr(signal, "SIGHUP"):  # not on Windows: a terminal that is closed ends nothing
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a cluster's request is Ctrl-C's
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
     except KeyboardInterrupt:

@@ -12,11 +12,12 @@ import os
 import shlex
 import signal
 import time
+from itertools import count, islice
 
 import torch
 from tqdm import tqdm
 
-from ..data.dataset import TrainBatches, loader
+from ..data.dataset import loader, train_batches
 from ..data.errors import InputError, checkpoint_errors, write_errors
 from . import checkpoint, drawing, evaluation, levels, processes
 from .files import open_locked, sync
@@ -48,9 +49,7 @@ def keep_earlier(out, names=("last.pt", "log.jsonl", "sheet.jpg")):
     """Give the files of an earlier run a number of their own -> whether there were any."""
     files = [path for path in map(out.joinpath, names) if path.exists() and path.stat().st_size]
     if files:
-        number = 1
-        while any(path.with_stem(f"{path.stem}.{number}").exists() for path in files):
-            number += 1
+        number = next(n for n in count(1) if not any(path.with_stem(f"{path.stem}.{n}").exists() for path in files))
         for path in files:
             os.replace(path, path.with_stem(f"{path.stem}.{number}"))
         print(f"the earlier run in {out} was kept: {', '.join(f'{p.stem}.{number}{p.suffix}' for p in files)}")
@@ -62,14 +61,13 @@ def print_header(settings, model, train, val, device, out):
     if not processes.is_main():
         return
     config, photos = model.config, len(train.trainable())
-    epochs = settings.iters * settings.batch / photos
     head = f"{config.head} {config.head_convs}x{config.head_channels}"
     short_side = sorted(settings.short_sides)[len(settings.short_sides) // 2]
     print(f"train     {train.summary()}")
     print(f"val       {val.summary()}")
     print(f"model     {config.kind}: {config.backbone} x{config.width:g}, FPN {config.fpn_channels}, {head}")
     length = f"{settings.iters} iterations of {settings.batch} images"
-    length += f" = {epochs:.3g} epochs of {photos} images with boxes"
+    length += f" = {settings.iters * settings.batch / photos:.3g} epochs of {photos} images with boxes"
     rate = f"lr {settings.lr:g}, {settings.schedule} after {settings.warmup} of warm-up"
     print(f"schedule  {settings.recipe} recipe: {length}, {settings.optimizer}, {rate}, seed {settings.seed}")
     print(levels.describe_levels(config, train, short_side, settings.long_side))
@@ -88,9 +86,9 @@ def check_finite(iteration, numbers):
 
 def train_loader(dataset, multiple, settings, first, device):
     """This process's part of every batch from iteration `first` on, without an end."""
-    rank, count = processes.rank(), processes.world_size()
-    order = TrainBatches(dataset.annotations, settings.batch, settings.seed, first, rank, count)
-    return loader(dataset, order, multiple, settings.workers, device)
+    order = train_batches(dataset.annotations, settings.batch, settings.seed, processes.rank(), processes.world_size())
+    # A resumed run draws the batches of before once more, and reads none of them.
+    return loader(dataset, islice(order, first, None), multiple, settings.workers, device)
 
 
 class Run:
@@ -197,13 +195,12 @@ class Run:
         self.show_progress(done, shown)
         if iteration % settings.log_every == 0:
             self.write(iteration=iteration, lr=self.optimizer.param_groups[0]["lr"], **shown)
-        last = done == settings.iters
-        stop = self.stops and not last
-        if stop or last or done % settings.save_every == 0 or done % settings.eval_every == 0:
+        if self.stops or done == settings.iters or done % settings.save_every == 0 or done % settings.eval_every == 0:
             self.save(done)
-        if stop:
+        if self.stops:
+            processes.gather([])  # all wait for the main process to save: torchrun ends it once another has left
             processes.print_once(f"\nstopped after {done} iterations; {self.resume_command()}")
-        return stop
+        return self.stops
 
     def evaluate(self, done):
         """{branch: metrics} of all of the model's branches, by a folded copy of the model; written to the log."""
