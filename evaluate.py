@@ -13,6 +13,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -172,6 +173,8 @@ def look_at_images(args, classes, columns, out, autocast):
         raise InputError(f"--out {out}: the pictures to look at are in there; choose another folder")
     try_results([path], [])
     found, names = [], []
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C's
     try:
         for number, file, image in drawing.read_all(args.images):
             seen = drawing.detect_all(image, columns, autocast)

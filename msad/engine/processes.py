@@ -67,8 +67,6 @@ def run_script(main):
     sys.stdout, sys.stderr = unfailing(sys.stdout), unfailing(sys.stderr)
     if hasattr(signal, "SIGHUP"):  # not on Windows: a terminal that is closed ends nothing
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a cluster's request is Ctrl-C's
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
     except KeyboardInterrupt:

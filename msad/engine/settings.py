@@ -162,8 +162,7 @@ def settle(known, own, photos, device):
         settings.lr = recipe["lr"] * settings.batch / recipe["batch"]
     if name in LENGTHS:
         epochs, shortest, longest = LENGTHS[name]
-        length = min(max(shortest, epochs * photos // settings.batch), longest)
-        settings.iters = known.get("iters", length)
+        settings.iters = known.get("iters", min(max(shortest, epochs * photos // settings.batch), longest))
         settings.eval_every = known.get("eval_every", max(1, settings.iters // 4))
         if "kd_ramp" in own:
             settings.kd_ramp = known.get("kd_ramp", settings.iters // 20)
