@@ -28,6 +28,7 @@ ROWS = (
     ("teacher-4800", "fused", "aligned teacher of 4 800 iterations, fused"),
     ("student-alone-4800", "low", "student without distillation, of a teacher of 4 800 iterations"),
     ("student-4800", "low", "student, the paper's L1, of a teacher of 4 800 iterations"),
+    ("student-long", "low", "student, the paper's L1, 4 800 iterations"),
     ("student-narrow", "low", "slim student, PKD: half the head's channels"),
     ("student-slim", "low", "slim student, PKD: half the head's convolutions"),
     ("student-cold-alone", "low", "cold start, without distillation (half)"),
@@ -49,6 +50,7 @@ PAIRS = (
     ("teacher", "fused", "student-alone", "low"),
     ("student-2400", "low", "student-alone-2400", "low"),
     ("student-4800", "low", "student-alone-4800", "low"),
+    ("student-4800", "low", "student-long", "low"),
     ("teacher-2400", "fused", "student-alone-2400", "low"),
     ("teacher-4800", "fused", "student-alone-4800", "low"),
     ("student-narrow", "low", "student-pkd", "low"),
@@ -108,11 +110,11 @@ def differences(rows):
 
 
 def check_lengths(rows):
-    """Raise AssertionError unless students trained as long as the teacher of their seed, and what trains in one go as
-    long as both together."""
+    """Raise AssertionError unless students trained as long as the teacher of their seed, "long" ones four times, and
+    what trains in one go as long as both together."""
     teachers = rows.get(("teacher", "fused"), {})
     for (row, _), entries in rows.items():
-        lengths = 2 if row in ("conventional", "low-alone") else 1
+        lengths = {"conventional": 2, "low-alone": 2, "student-long": 4}.get(row, 1)
         for seed, entry in entries.items() if not row.startswith("teacher") else ():
             about = f"{entry['set']}-{entry['head']}-{seed}/{row}"
             assert seed in teachers, f"{about}: has no teacher"

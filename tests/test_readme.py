@@ -191,15 +191,15 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(called)
             log = 'mkdir -p "$3"; echo \'{"done": 7, "AP": 0.1}\' > "$3/log.jsonl"'
             job, calls = called(log, "comparison.sh", *arguments.split())
             assert job.returncode == 0, job.stderr
-    assert len(calls) == len(set(calls)) == 19 + 6
+    assert len(calls) == len(set(calls)) == 20 + 6
     trained = [call for call in calls if "--head fcos --data photos --width 0.5" in call]
     assert [Path(call.split()[2]).name for call in trained] == ["teacher", "conventional", "low-alone"]
     for script, (typed, resumed) in map(parse, calls):
         settings.settle(typed, script.OWN, 100, torch.device("cpu"))
         folder, name = Path(typed["out"]).parts[-2:]
         assert resumed and typed["seed"] == 0 and folder in ("shapes-fcos-0", "photos-fcos-0")
-        lengths = {"conventional": 14, "low-alone": 14, "teacher-2400": 2400, "teacher-4800": 4800}
-        assert typed.get("iters") == lengths.get(name)
+        iters = {"conventional": 14, "low-alone": 14, "teacher-2400": 2400, "teacher-4800": 4800, "student-long": 4800}
+        assert typed.get("iters") == iters.get(name)
 
 
 def test_the_script_for_a_gpu_makes_calls_that_the_scripts_understand(called, tmp_path):
