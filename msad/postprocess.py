@@ -37,7 +37,7 @@ def postprocess(head, outputs, map_sizes, frames, originals, threshold=0.0, max_
             best = best_of_levels(scores, likely[location], ends)
             location, labels, scores = location[best], labels[best], scores[best]
         # Non-maximum suppression within each class, of boxes that are clipped only far outside: batched_nms moves the
-        # classes apart by offsets, for which no coordinate may be negative, none too large, and float32 too coarse.
+        # classes apart by offsets, for which no coordinate may be negative, and in which float32 would lose digits.
         far = max(height, width)
         near = boxes[location].double().clamp(-far, 2 * far) + far
         keep = batched_nms(near, scores.double(), labels, head.nms_threshold)[:max_detections]

@@ -16,6 +16,7 @@ import torch
 import train
 from tqdm import tqdm
 
+from msad import models
 from msad.engine import processes
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,21 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.id, signal.SIGKILL)
         return self.code
+
+
+def pausing(folder, owner=models.Detector, name="losses", step=6):
+    """A change of a function: its call number `step` makes a file `waits` in a folder, and waits for a file `go`."""
+    function, calls = getattr(owner, name), []
+
+    def paused(*arguments):
+        calls.append(None)
+        if len(calls) == step:
+            (folder / "waits").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.005)
+        return function(*arguments)
+
+    return lambda: setattr(owner, name, paused)
 
 
 def runs(home):

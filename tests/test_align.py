@@ -9,7 +9,6 @@ from helpers import tiny_model
 from msad import align
 
 
-
 @pytest.fixture(scope="module")
 def meta_teacher():
     """Shapes without numbers: the real layers on the meta device."""

@@ -139,10 +139,9 @@ def convert(tmp_path):
     return run
 
 
-@pytest.mark.parametrize(
-    "kind, layout, width",
-    [("teacher", "wrapped", 0.5), ("student", "wrapped", 0.75), ("student", "bare", 0.25), ("student", "old", 1.0)],
-)
+@pytest.mark.parametrize("kind, layout, width", [
+    ("teacher", "wrapped", 0.5), ("student", "wrapped", 0.75), ("student", "bare", 0.25), ("student", "old", 1.0),
+])  # fmt: skip
 def test_files_are_converted_whatever_is_around_them(kind, layout, width, convert):
     """The width is told by the shapes; an old file, in PyTorch's old format, is without counters."""
     state = empty_state(kind, width)

@@ -34,11 +34,10 @@ def test_normalisation_and_padding_by_hand(kind):
     assert not found[0, :, :, 50:].any() and not found[1, :, 3:].any()
 
 
-@pytest.mark.parametrize(
-    "kind, size, pad, padded",
-    [("high", (100, 150), 64, (128, 192)), ("high", (300, 90), 64, (256, 128)), ("high", (100, 150), 256, (256, 256)),
-     ("low", (101, 203), 64, (64, 128)), ("low", (300, 90), 64, (128, 64)), ("low", (300, 90), 256, (128, 128))],
-)  # fmt: skip
+@pytest.mark.parametrize("kind, size, pad, padded", [
+    ("high", (100, 150), 64, (128, 192)), ("high", (300, 90), 64, (256, 128)), ("high", (100, 150), 256, (256, 256)),
+    ("low", (101, 203), 64, (64, 128)), ("low", (300, 90), 64, (128, 64)), ("low", (300, 90), 256, (128, 128)),
+])  # fmt: skip
 def test_images_are_resized_and_padded_to_what_the_model_is_made_for(kind, size, pad, padded):
     model = tiny_model(kind, pad=pad)
     inputs = []

@@ -20,7 +20,7 @@ import train
 from folders import draw_rectangles
 from helpers import tiny_model
 from PIL import Image
-from scripts import LENGTH, TINY, Process, assert_same_run, call, complaint, runs, succeed
+from scripts import LENGTH, TINY, Process, assert_same_run, call, complaint, pausing, runs, succeed
 
 from msad import models
 from msad.data import dataset
@@ -40,21 +40,6 @@ def raising(error):
         raise error
 
     return fail
-
-
-def pausing(folder, owner=models.Detector, name="losses", step=6):
-    """A change of a function: its call number `step` makes a file `waits` in a folder, and waits for a file `go`."""
-    function, calls = getattr(owner, name), []
-
-    def paused(*arguments):
-        calls.append(None)
-        if len(calls) == step:
-            (folder / "waits").touch()
-            while not (folder / "go").exists():
-                time.sleep(0.005)
-        return function(*arguments)
-
-    return lambda: setattr(owner, name, paused)
 
 
 # An evaluation or a drawing that fails.

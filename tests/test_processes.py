@@ -22,7 +22,7 @@ import torch
 import train
 from folders import draw_rectangles
 from helpers import randomize, tiny_config, tiny_model
-from scripts import LENGTH, LONG, ROOT, TINY, Process, assert_same_run, complaint
+from scripts import LONG, ROOT, TINY, Process, assert_same_run, complaint, pausing
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from msad import distillation, models
@@ -100,9 +100,7 @@ def outcome_of_an_accident(accident, *flags):
     def struck(*arguments):
         batches.append(None)
         found = losses(*arguments)
-        if len(batches) == 2 and processes.rank() == 1:
-            found = accident(found)
-        return found
+        return accident(found) if len(batches) == 2 and processes.rank() == 1 else found
 
     models.Detector.losses = struck
     try:
@@ -125,9 +123,8 @@ def first_step(*flags):
     """The weights with which train.py begins, and the gradients of its first step."""
     found = []
 
-    def note(optimizer, *_):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        found.append([[p.detach().clone(), p.grad.clone()] for p in parameters])
+    def note(adamw, *_):
+        found.append([[p.detach().clone(), p.grad.clone()] for group in adamw.param_groups for p in group["params"]])
 
     handle = register_optimizer_step_pre_hook(note)
     outcome(train, *flags)
@@ -265,11 +262,6 @@ def assert_left_alone(process):
     assert not any("Traceback" in line for line in lines)
 
 
-def wait_for_the_others():
-    """What closing a group of processes may do: NCCL's waits for all of them."""
-    time.sleep(10_000)
-
-
 @pytest.mark.parametrize("failing, fault", [(0, "a picture"), (1, "a picture"), (0, "the folder")])
 def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, failing, fault):
     data, out = draw_rectangles(tmp_path / "data", {"train": 4, "val": 4}, sides=(64, 64)), tmp_path / "out"
@@ -283,7 +275,7 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, failing, fa
         expected = f"error: {out}: in use by another run; choose another --out"
 
     def change():
-        torch.distributed.destroy_process_group = wait_for_the_others
+        torch.distributed.destroy_process_group = lambda: time.sleep(10_000)  # NCCL's may wait for the others
 
     both = pair(tmp_path, *TINY, "--data", data, "--res", "low", "--batch", 4, "--out", out, change=change)
     code, lines = both[failing].end()
@@ -295,13 +287,25 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, failing, fa
         log.close()
 
 
-def test_a_killed_process_ends_the_other_and_the_run_resumes_to_the_same_bits(two, tmp_path):
+@pytest.mark.parametrize("accident", ["one is killed", "torchrun's terminal is closed"])
+def test_after_an_accident_both_end_and_the_run_resumes_to_the_same_bits(two, tmp_path, accident):
     out = tmp_path / "out"
-    both = pair(tmp_path / "first", *LONG, "--data", two / "data", "--res", "low", "--batch", 4, "--out", out)
-    both[0].wait_until(lambda: (out / "last.pt").exists())
-    both[1].kill()
-    assert_left_alone(both[0])  # instead of hanging
-    assert 4 <= checkpoint.read(out / "last.pt")["training"]["done"] < LENGTH
+    flags = [*LONG, "--data", two / "data", "--res", "low", "--batch", 4, "--workers", 1, "--out", out]
+    both = pair(tmp_path / "first", *flags, change=pausing(tmp_path))
+    both[0].wait_until((tmp_path / "waits").exists)  # in the sixth iteration
+    if accident == "one is killed":
+        both[1].kill()
+        (tmp_path / "go").touch()
+        assert_left_alone(both[0])  # instead of hanging
+    else:
+        for process in [*both, *both]:  # their workers, too
+            os.killpg(process.id, signal.SIGHUP)
+        both[0].wait_until(lambda: "stopping after" in both[0].output.read_text())
+        (tmp_path / "go").touch()
+        (code, lines), (other, _) = (process.end() for process in both)
+        assert code == other == 130 and "; go on with: python train.py" in lines[-1], lines
+        assert sum("stopping after" in line for line in lines) == 1, "workers have nothing to say"
+    assert checkpoint.read(out / "last.pt")["training"]["done"] == (4 if accident == "one is killed" else 6)
     both = pair(tmp_path / "second", "--resume", "--out", out)
     assert [process.end()[0] for process in both] == [0, 0]
     assert_same_run(out, two / "whole")

@@ -13,7 +13,6 @@ from scripts import LENGTH, in_github
 from msad.data import annotations
 from msad.engine import evaluation
 
-
 collect, results = in_github("collect"), in_github("results")
 
 

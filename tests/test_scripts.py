@@ -29,7 +29,6 @@ RUNS = {
     "retinanet": (train, ["--head", "retinanet"], Teacher, ["fused", "high", "low"]),
 }
 
-
 LENGTHS = {"teacher": (30, 4), "student": (30, 4), "alone": (4, 4)}  # iterations and batch, where not (4, 2)
 
 

@@ -151,13 +151,14 @@ def loader(dataset, batches, multiple, workers, device):
 
 
 def ignore_signals(worker):
-    """Ctrl-C and a cluster's SIGTERM reach a whole process group: the main process alone decides what they mean.
+    """Ctrl-C, a cluster's SIGTERM, torchrun's SIGHUP reach a whole process group: the main process alone decides.
 
     When it ends itself it sends SIGTERM to its workers, too. So a worker reads on for some seconds, in which a run can
     end its iteration and save, and then ends; unless all of them ignore SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # by PyTorch it would not be
         signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else lambda *_: signal.alarm(SECONDS_MORE))
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))

@@ -65,8 +65,8 @@ def convert(state, teacher=False):
     letter = "S" if student else "T"
     others = ("T_", "SE.", "S_backbone.top_block.p7.") if student else "S_"  # a student never reads P7
     width = state[f"{letter}_backbone.fpn_lateral2.weight"].shape[1] / 256
-    kind = "low" if student else "teacher"
-    model = build(ModelConfig(kind, COCO, width=width, pad=256, downsample="nearest"))  # their numbers depend on these
+    # Their numbers depend on how they pad and downsample.
+    model = build(ModelConfig("low" if student else "teacher", COCO, width=width, pad=256, downsample="nearest"))
     state = {name: tensor for name, tensor in state.items() if not name.startswith(others)}
     state = rename(state, {theirs.replace("#", letter): ours for theirs, ours in PREFIXES.items()})
     state = slimmed(state, model, width, "backbone.")

@@ -65,8 +65,8 @@ def unfailing(stream):
 def run_script(main):
     """Call a script's `main`, and turn what the user can mend into one line and exit code 2."""
     sys.stdout, sys.stderr = unfailing(sys.stdout), unfailing(sys.stderr)
-    if hasattr(signal, "SIGHUP"):  # not on Windows: a terminal that is closed ends nothing
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP") and "RANK" not in os.environ:  # not on Windows: a terminal that is closed ends nothing
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # but torchrun, which has a run stop and save
     try:
         code = main()
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from . import checkpoint, drawing, evaluation, levels, processes
 from .files import open_locked, sync
 from .optimizer import restore_state
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SAME_REQUEST = 10  # seconds in which another SIGTERM is the same request: a cluster sends one, and torchrun one more
 
 
@@ -115,8 +116,7 @@ class Run:
         self.collected, self.waited = [], 0.0  # the step's scalars, by part; seconds without a batch
 
     def __enter__(self):
-        signals = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
-        self.handlers = {number: signal.signal(number, self.ask_to_stop) for number in signals}
+        self.handlers = {n: signal.signal(n, self.ask_to_stop) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
         self.began = time.monotonic()
         silent = None if processes.is_main() else True  # None: a bar only on a terminal
         if self.first:
@@ -135,7 +135,7 @@ class Run:
     def ask_to_stop(self, number, frame):
         """The first SIGTERM or Ctrl-C asks to stop, a second one does not wait; nor does one in an evaluation."""
         now = time.monotonic()
-        if self.asked_to_stop and number == signal.SIGTERM and now < self.asked_to_stop + SAME_REQUEST:
+        if self.asked_to_stop and number != signal.SIGINT and now < self.asked_to_stop + SAME_REQUEST:
             return
         at_once = self.asked_to_stop or self.evaluating  # a run was saved before it evaluates
         when = f"at once; {self.resume_command()}" if at_once else "after this iteration, then saving ..."
