@@ -97,6 +97,7 @@ class Process:
                 os.dup2(file, number)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             os.environ.update(environment)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a script in this process may have ignored it since
             sys.argv = [f"{script.__name__}.py", *map(str, flags)]
             change()
             processes.run_script(script.main)

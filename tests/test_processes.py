@@ -1,5 +1,4 @@
-"""Two processes of torchrun do what one does alone: gradients, evaluation, both training scripts, stopping; and one of
-two fails, or is killed.
+"""Two processes of torchrun do what one does alone: gradients, evaluation, both scripts, stopping; or one fails.
 
 One torchrun starts this file as a script for most of the tests; its processes write what they found into a folder.
 """
