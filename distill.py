@@ -19,7 +19,7 @@ from msad.engine import checkpoint, drawing, evaluation, processes
 from msad.engine.optimizer import build_optimizer, set_learning_rate
 from msad.engine.run import Run, check_finite, evaluate_all, open_folder, print_header, train_loader
 from msad.engine.settings import Setting, inherit, model_config, parse_flags, resume_settings, settle
-from msad.engine.weights import copy_matching, load_weights
+from msad.engine.weights import copy_detector, load_weights
 
 OWN = {  # settings of this script alone
     "teacher": Setting("", "the teacher's checkpoint (needed)"),
@@ -101,9 +101,7 @@ def main():
             check_finite(iteration, numbers)  # raises before the weights change
             set_learning_rate(optimizer, settings, iteration)
             optimizer.step()
-
-            if run.end_iteration(iteration, numbers):
-                return processes.INTERRUPTED
+            run.end_iteration(iteration, numbers)
         results = run.evaluate(settings.iters)
 
     rows["student @ low"] = results["low"]
@@ -128,7 +126,7 @@ def new_student(settings, teacher):
     """A student with the weights that it starts from."""
     student = models.build(model_config(settings, "low", teacher.config.classes))
     if settings.weights != "none":
-        processes.print_once(f"student   from the teacher {copy_matching(student, teacher.state_dict())}")
+        processes.print_once(f"student   from the teacher {copy_detector(student, teacher)}")
     if settings.weights not in ("teacher", "none"):
         load_weights(student, settings.weights)
     return student

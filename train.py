@@ -89,9 +89,7 @@ def main():
             check_finite(iteration, numbers)  # raises before the weights change
             set_learning_rate(optimizer, settings, iteration)
             optimizer.step()
-
-            if run.end_iteration(iteration, numbers):
-                return processes.INTERRUPTED
+            run.end_iteration(iteration, numbers)
         results = run.evaluate(settings.iters)
 
     rows = {f"{kind} @ {branch}": metrics for branch, metrics in results.items()}

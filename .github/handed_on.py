@@ -31,8 +31,8 @@ class Mixed(models.Teacher):
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    content = checkpoint.read(sys.argv[1])
-    teacher, student = checkpoint.restore(content, sys.argv[1]), checkpoint.load(sys.argv[2])
+    content = checkpoint.read(sys.argv[1], want="teacher")
+    teacher, student = checkpoint.restore(content, sys.argv[1]), checkpoint.load(sys.argv[2], want="low")
     (annotations,) = open_data(content["training"]["settings"]["data"], ["val"])
     annotations = annotations.with_classes(teacher.config.classes, sys.argv[1])
     dataset = CocoDataset(annotations, (teacher.config.short_side,), teacher.config.long_side)

@@ -135,15 +135,12 @@ class FPN(nn.Module):
 
     def forward(self, features, levels):
         """[C2, C3, C4, C5] -> one map (N,C,h,w) per level, lowest first. Level l has stride 2**l."""
-        pyramid = {}
-        above = None
+        pyramid, merged = {}, None
         for level in range(5, levels[0] - 1, -1):
-            merged = self.lateral[str(level)](features[level - 2])
-            if above is not None:
-                # Twice the level above, or one less where the input's sides do not meet align's condition.
-                merged = merged + F.interpolate(above, size=merged.shape[-2:], mode="nearest")
+            lateral = self.lateral[str(level)](features[level - 2])
+            # The level above in twice its size, or one less where the input's sides do not meet align's condition.
+            merged = lateral if level == 5 else lateral + F.interpolate(merged, lateral.shape[-2:], mode="nearest")
             pyramid[level] = self.output[str(level)](merged)
-            above = merged
         pyramid[6] = self.p6(features[-1])
         if 7 in levels:
             pyramid[7] = self.p7(F.relu(pyramid[6]))

@@ -53,10 +53,6 @@ def best_of_levels(scores, location, ends):
     """Scores (S,) of candidates at locations (S,), ascending over all levels, which end at the locations `ends` -> the
     indices of each level's best candidates. It waits for the device once, for how many there are on each level."""
     counts = torch.stack([(location < end).sum() for end in ends]).tolist()
-    best = []
-    for first, end in zip([0, *counts], counts):
-        own = torch.arange(first, end, device=scores.device)
-        if len(own) > CANDIDATES_PER_LEVEL:
-            own = own[scores[own].topk(CANDIDATES_PER_LEVEL).indices]
-        best.append(own)
-    return torch.cat(best)
+    spans = zip([0, *counts], counts)
+    best = [first + scores[first:end].topk(min(end - first, CANDIDATES_PER_LEVEL)).indices for first, end in spans]
+    return torch.cat(best).sort().values

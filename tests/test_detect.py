@@ -9,7 +9,7 @@ from PIL import Image
 
 from msad import models
 from msad.data.reading import read_image
-from msad.engine.weights import copy_matching
+from msad.engine.weights import copy_detector
 
 KINDS_AND_BRANCHES = [
     ("high", "high"), ("low", "low"), ("teacher", "fused"), ("teacher", "high"), ("teacher", "low"),
@@ -99,7 +99,7 @@ def test_limits_reach_every_way_to_detect():
 
 def test_a_student_reads_low_what_its_teachers_low_branch_makes_of_high():
     teacher, student = tiny_model("teacher"), tiny_model("low", seed=1)
-    copy_matching(student, teacher.state_dict())
+    copy_detector(student, teacher)
     image = torch.rand(3, 128, 192)
     (expected,) = teacher.detect([image], "low", resize=False)
     (found,) = student.detect([image.view(3, 64, 2, 96, 2).mean((2, 4))], resize=False)

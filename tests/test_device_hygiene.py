@@ -149,7 +149,7 @@ def steps(script, patch, out, *flags):
     patch.setattr(FakeTensor, "tolist", to_list)
     patch.setattr(run, "evaluate_all", fake_results)
     patch.setattr(run.Run, "save", lambda *_: None)
-    patch.setattr(run.Run, "end_iteration", lambda *parts: end_iteration(*parts) or parts[1] == 1)
+    patch.setattr(run.Run, "end_iteration", lambda self, i, n: end_iteration(self, i, n) or i == 1 and self.stop(i))
     if script is distill:
         patch.setattr(script, "evaluate_all", fake_results)
         patch.setattr(distillation, "freeze", freeze)

@@ -13,7 +13,7 @@ from msad import align, distillation, heads, models
 from msad.data import annotations
 from msad.data.dataset import CocoDataset
 from msad.engine import checkpoint, evaluation, processes
-from msad.engine.weights import copy_matching
+from msad.engine.weights import copy_detector
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BOXES = [torch.tensor([[10.0, 20, 60, 90], [30, 30, 45, 50]]), torch.zeros(0, 4)]
@@ -230,7 +230,7 @@ def test_a_head_that_only_the_table_of_heads_knows_works_everywhere(tmp_path, mo
     teacher, baseline, student = (
         models.build(tiny_config(kind, head="center")) for kind in ("teacher", "conventional", "low")
     )
-    assert copy_matching(student, teacher.state_dict()).endswith("new 0")
+    assert copy_detector(student, teacher).endswith("new 0")
     images, frozen = torch.randn(2, 3, 128, 192), distillation.freeze(teacher)
     fused = frozen.pyramids(images, ["fused"])["fused"]
     for model in (teacher, baseline, student):

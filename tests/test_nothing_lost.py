@@ -169,9 +169,6 @@ def test_a_teacher_that_is_gone_is_asked_for(halted, tmp_path):
     assert f"{here}/other.pt: is not the teacher" in line
 
 
-# Two runs for one folder.
-
-
 def listing(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -203,9 +200,6 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(uninterrupted, tmp_path
     assert first.end()[0] == 0
     assert_same_run(out, uninterrupted / "trained")
     assert sorted(listing(out)) == ["last.1.pt", "last.pt", "log.jsonl", "sheet.jpg"]
-
-
-# Workers.
 
 
 @pytest.fixture(scope="module")
@@ -281,14 +275,19 @@ def test_ctrl_c_says_at_once_what_it_will_do_and_does_it(uninterrupted, tmp_path
     assert code == 130
 
 
-def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(uninterrupted, tmp_path):
+@pytest.mark.parametrize("place, step, words", [
+    ((evaluation, "coco_metrics"), 1, NOT_SAVING), ((checkpoint, "save"), 2, "stopped after 7 iterations; go"),
+])  # fmt: skip
+def test_sigterm_in_an_evaluation_or_the_save_before_does_not_wait_for_it(uninterrupted, tmp_path, place, step, words):
     script, flags = runs(uninterrupted)["trained"]
-    change = pausing(tmp_path, evaluation, "coco_metrics", 1)
+    change = pausing(tmp_path, *place, step)
     process = Process(tmp_path, script, *flags, "--workers", 1, "--out", tmp_path / "out", change=change)
     process.wait_until((tmp_path / "waits").exists)
     os.killpg(process.id, SIGTERM)
+    process.wait_until(lambda: "stopping" in process.output.read_text())
+    (tmp_path / "go").touch()
     code, lines = process.end()
-    assert code == 130 and lines[-1] == f"{NOT_SAVING} on with: python train.py --resume --out {tmp_path / 'out'}"
+    assert code == 130 and lines[-1] == f"{words} on with: python train.py --resume --out {tmp_path / 'out'}"
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
@@ -348,8 +347,6 @@ def test_without_locks_or_fsync_a_run_works(tmp_path, monkeypatch, capsys, name,
     warned = f"warning: {tmp_path}: no locks there (no such thing)" in capsys.readouterr().err
     assert warned == (name == "lockf")
 
-
-# Memory that runs out.
 
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ..."),

@@ -10,7 +10,7 @@ from helpers import CLASSES, randomize, tiny_model
 
 from msad import InputError, ModelConfig, align
 from msad.engine import checkpoint
-from msad.engine.weights import copy_matching, load_weights
+from msad.engine.weights import copy_detector, load_weights
 from msad.models import build
 
 SIZE = (128, 256)
@@ -53,7 +53,7 @@ def test_torchvisions_detector_computes_the_same_here(theirs, monkeypatch, capsy
     checkpoint.save(tmp_path / "a.pt", model)
     saved = checkpoint.load(tmp_path / "a.pt")
     model = build(ModelConfig("low", CLASSES, theirs.head_name)).eval()
-    copy_matching(model, saved.state_dict())
+    copy_detector(model, saved)
 
     images = torch.rand(2, 3, *SIZE)
     x = model.normalize(images, [])

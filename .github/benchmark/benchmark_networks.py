@@ -86,7 +86,7 @@ def our_step(kind, head="fcos", batch=2, precision="fp32", scale=1.0):
 
 def our_distillation(head="fcos", batch=2, precision="fp32"):
     """A step as distill.py makes it: the frozen teacher's fused pyramid, the student forward and backward."""
-    teacher = distillation.freeze(models.build(config("teacher", head=head))).to(DEVICE)
+    teacher = distillation.freeze(models.build(config("teacher", head=head)), precision).to(DEVICE)
     student = models.build(config("low", head=head)).train()
     student.to(DEVICE, memory_format=processes.training_layout(DEVICE, precision))
     update = make_update(student)

@@ -30,7 +30,7 @@ def set_learning_rate(optimizer, settings, iteration):
 
 
 def restore_state(optimizer, state):
-    """Bring a new optimizer to the state that another's `state_dict` had; its settings are its own."""
+    """Bring a new optimizer to the state that another's `state_dict` had; the new one keeps its settings."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for parameter, values in optimizer.state.items():

@@ -65,8 +65,8 @@ def unfailing(stream):
 def run_script(main):
     """Call a script's `main`, and turn what the user can mend into one line and exit code 2."""
     sys.stdout, sys.stderr = unfailing(sys.stdout), unfailing(sys.stderr)
-    if hasattr(signal, "SIGHUP") and "RANK" not in os.environ:  # not on Windows: a terminal that is closed ends nothing
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # but torchrun, which has a run stop and save
+    if hasattr(signal, "SIGHUP") and "RANK" not in os.environ:  # not on Windows: a terminal that closes ends no run
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # but torchrun's, which stops and saves
     try:
         code = main()
     except KeyboardInterrupt:
@@ -176,8 +176,8 @@ def parallel(model, device, settings):
     if norm == "sync" and cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     network = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Buffers, BatchNorm's running statistics, differ between processes only where each has its own. As an argument
-    # this is deprecated, and its successor is not in every version.
+    # BatchNorm's running statistics are broadcast only where each process has its own. As an argument of the
+    # constructor this is deprecated, and its successor is not in every version.
     network.broadcast_buffers = norm == "local" or norm == "sync" and not cuda
     return network
 

@@ -189,7 +189,7 @@ class Run:
         return dict(zip(names, values))
 
     def end_iteration(self, iteration, numbers):
-        """Show, log and save when due, after a step with these numbers -> whether the run stops here."""
+        """Show, log and save when due, after a step with these numbers. Ends the script where it was asked to stop."""
         settings, done = self.settings, iteration + 1
         shown = {name: value for name, value in numbers.items() if name != "gradient"}
         self.show_progress(done, shown)
@@ -199,12 +199,18 @@ class Run:
             self.save(done)
         if self.stops:
             processes.gather([])  # all wait for the main process to save: torchrun ends it once another has left
-            processes.print_once(f"\nstopped after {done} iterations; {self.resume_command()}")
-        return self.stops
+            self.stop(done)
+
+    def stop(self, done):
+        """End the script after a save: `run_script` makes an exit code of KeyboardInterrupt."""
+        processes.print_once(f"\nstopped after {done} iterations; {self.resume_command()}")
+        raise KeyboardInterrupt
 
     def evaluate(self, done):
         """{branch: metrics} of all of the model's branches, by a folded copy of the model; written to the log."""
         began, self.evaluating = time.monotonic(), True
+        if self.asked_to_stop:  # while it was saved
+            self.stop(done)
         processes.share_buffers(self.model)
         results = evaluate_all(self.model, self.validation_set, self.settings, self.autocast)
         for branch, metrics in results.items():

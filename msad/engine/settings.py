@@ -72,7 +72,7 @@ SETTINGS = {
         "iters": Setting(90_000, "training iterations (laptop, photos: by the number of pictures with boxes)"),
         "batch": Setting(16, "images per iteration, over all processes"),
         "accumulate": Setting(1, "parts in which a process computes its images of an iteration, one after the other"),
-        "lr": Setting(0.01, "learning rate, in proportion to --batch", least=0),
+        "lr": Setting(0.01, "learning rate (default: in proportion to --batch)", least=0),
         "optimizer": Setting("sgd", "optimizer", ("sgd", "adamw")),
         "weight_decay": Setting(1e-4, "weight decay, none on normalisation layers", least=0),
         "schedule": Setting("step", "learning rate after the warm-up", ("step", "cosine")),
@@ -108,12 +108,11 @@ def parse_flags(description, own):
     """Make flags of the settings of both scripts and of a script's own -> a dict of what was typed, and whether to
     resume."""
     parser = processes.Parser(description, argument_default=SUPPRESS)  # what is not typed leaves no trace
-    groups = {"what to train": own, **SETTINGS}
+    shared = {title: {n: s for n, s in rows.items() if n not in own} for title, rows in SETTINGS.items()}
+    groups = {"what to train": own, **shared}
     for title, rows in groups.items():
         group = parser.add_argument_group(title)
         for name, setting in rows.items():
-            if name in own and rows is not own:
-                continue
             if isinstance(setting.default, bool):
                 group.add_argument(flag(name), action="store_true", help=setting.help)
                 continue

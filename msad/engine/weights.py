@@ -57,9 +57,7 @@ def load_weights(model, weights):
     elif checkpoint.is_checkpoint(content := read_tensors(weights)):
         other = checkpoint.load(weights)
         check_architecture(source, config, other.config, ("backbone", "width"))
-        without = ("head.",) if config.head != other.config.head else ()
-        without += ("head.cls_logits.",) if config.classes != other.config.classes else ()
-        line = copy_matching(model, other.state_dict(), without)
+        line = copy_detector(model, other)
     else:
         line = copy_backbone(model, content, source)
     processes.print_once(f"weights   {source}: taken {line}")
@@ -73,14 +71,24 @@ def check_architecture(source, config, other, names):
         raise InputError(f"{source}: does not fit this network, only one of {', '.join(wanted)}")
 
 
-def copy_matching(model, state, without=()):
+def copy_detector(model, other):
+    """Copy to a model what fits of another: of its head only to the same kind, class outputs only for equal classes.
+
+    Returns a line as from `copy_matching`.
+    """
+    without = ("head.",) if model.config.head != other.config.head else ()
+    without += ("head.cls_logits.",) if model.config.classes != other.config.classes else ()
+    return copy_matching(model, other.state_dict(), without)
+
+
+def copy_matching(model, state, without):
     """Copy to a model the tensors of a state dict that agree in name and shape, `without` names that begin so.
 
     Returns a line that counts what was taken, what of the state was not, and what of the model starts afresh.
     """
     own = model.state_dict()
     fits = {n: t for n, t in state.items() if not n.startswith(without) and (n not in own or own[n].shape == t.shape)}
-    missing, unknown = model.load_state_dict(fits, strict=False)  # FCOS takes some biases that it had none of
+    missing, unknown = model.load_state_dict(fits, strict=False)  # FCOS makes room for biases that it lacks
     taken = len(fits) - len(unknown)
     return f"{taken} tensors; left behind {len(state) - taken}; new {len(missing)}"
 
