@@ -42,9 +42,6 @@ def raising(error):
     return fail
 
 
-# An evaluation or a drawing that fails.
-
-
 @pytest.mark.parametrize("name, number, error, expected", [
     ("trained", 1, InputError("val/0.png: not readable"), "error: val/0.png: not readable\n"),
     ("trained", 2, MemoryError(), "; go on with: python train.py --resume --out {out}\n"),
@@ -113,9 +110,6 @@ def test_a_full_disk_costs_neither_earlier_results_nor_the_numbers(uninterrupted
     numbers = [[line for line in text.splitlines() if line.startswith("AP ")] for text in (whole, printed)]
     assert numbers[0] == numbers[1] != [] and (tmp_path / "a.json").read_bytes() == before
     assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 3
-
-
-# Files that moved.
 
 
 @pytest.fixture(scope="module")
@@ -242,8 +236,6 @@ def test_whatever_befalls_a_worker_ends_the_run_with_its_line(squares, tmp_path,
     assert code == 2 and lines[-1].startswith(expected) and not any("Traceback" in line for line in lines), lines
 
 
-# Ctrl-C.
-
 SAVING, NOT_SAVING = "stopping after this iteration, then saving ...", "stopping at once; go"
 
 
@@ -304,9 +296,6 @@ def test_an_inherited_signal_that_is_ignored_stays_ignored(uninterrupted, tmp_pa
     time.sleep(1.5)  # in which a worker that did not ignore it would end
     (tmp_path / "go").touch()
     assert process.end()[0] == 0 and done(tmp_path / "out") == 4
-
-
-# Words that nobody hears, and file systems that cannot do everything.
 
 
 @pytest.mark.parametrize("ear", ["a terminal that closes", "a full disk", "a reader that left", "closed", "ascii"])
