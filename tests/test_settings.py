@@ -1,5 +1,6 @@
 """Where settings come from: what was typed, the teacher's checkpoint, the recipe; and data that is named only once."""
 
+import math
 import shlex
 import shutil
 
@@ -76,7 +77,7 @@ def test_the_length_of_a_run_on_photos_follows_from_their_number(recipe, count, 
     stored = {"recipe": recipe, "data": "d", "short_sides": [64]}
     inherited = settings.inherit(teacher_content() | {"training": {"settings": stored}}, "t.pt")
     found = settings.settle(inherited | typed, distill.OWN, count, CPU)
-    assert (found.iters, found.kd_ramp, found.eval_every) == (iters, ramp, iters // 4)
+    assert (found.iters, found.kd_ramp, found.eval_every) == (iters, ramp, math.ceil(iters / 4))
     assert settings.settle({"recipe": recipe} | typed, train.OWN, count, CPU).iters == iters
 
 
