@@ -162,7 +162,7 @@ def settle(known, own, photos, device):
     if name in LENGTHS:
         epochs, shortest, longest = LENGTHS[name]
         settings.iters = known.get("iters", min(max(shortest, epochs * photos // settings.batch), longest))
-        settings.eval_every = known.get("eval_every", -(-settings.iters // 4))  # never just before the end
+        settings.eval_every = known.get("eval_every", -(-settings.iters // 4))  # four, not five
         if "kd_ramp" in own:
             settings.kd_ramp = known.get("kd_ramp", settings.iters // 20)
     if settings.weights == "none" and "norm" not in known:
