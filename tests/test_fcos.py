@@ -124,10 +124,19 @@ def test_first_predictions_are_the_prior(width):
     assert len(convs) == 2 * 2 + 3
     for conv in convs:
         std = output if conv in (head.cls_logits, head.box_pred, head.centerness) else tower
-        assert conv.weight.std().item() == pytest.approx(std, rel=0.1) and abs(conv.weight.mean()) < 0.1 * std
+        assert conv.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert conv is head.box_pred or abs(conv.weight.mean()) < 0.1 * std
         assert conv.bias is None or conv is head.cls_logits or not conv.bias.any()
     norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert [norm.num_groups for norm in norms] == [32] * 4
+    # Distances start on their ReLU's open side, whatever the seed.
+    starts = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        head = FCOSHead(width, CLASSES, width, 2)
+        starts.append(head([torch.randn(1, width, 16, 16)] * 5)["distances"].detach())
+    assert torch.cat(starts).mean().item() == pytest.approx(1, abs=0.15)
+    assert (torch.cat(starts) > 0).float().mean() > 0.9
 
 
 @torch.no_grad()
