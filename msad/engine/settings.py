@@ -30,7 +30,7 @@ BASE = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmu
 NO_GPU = BASE | {"backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "workers": 0}
 SMALL = NO_GPU | {
     "short_sides": [256], "test_side": 256, "long_side": 512, "width": 0.25, "weights": "none", "object_scale": 0.68,
-    "iters": 1200, "batch": 8, "lr": 0.008, "warmup": 200, "eval_every": 600,
+    "iters": 1200, "batch": 8, "lr": 0.008, "weight_decay": 0.5, "warmup": 200, "eval_every": 600,
 }  # fmt: skip
 LAPTOP = NO_GPU | {
     "short_sides": [224, 240, 256, 272, 288], "test_side": 256, "long_side": 448,
@@ -42,7 +42,7 @@ PHOTOS = BASE | {
 }  # fmt: skip
 RECIPES = {"small": SMALL, "laptop": LAPTOP, "photos": PHOTOS, "coco": {}}
 # RetinaNet's towers have no normalisation: with the small recipe it takes smaller steps, and more of them.
-SMALL_RETINANET = {"iters": 2000, "lr": 0.003, "eval_every": 1000}
+SMALL_RETINANET = {"iters": 2000, "lr": 0.003, "weight_decay": 0.05, "eval_every": 1000}
 # The settings of both training scripts, with their values in the recipe for COCO, the paper's.
 SETTINGS = {
     "where things are": {
