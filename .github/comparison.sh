@@ -28,6 +28,7 @@ run conventional train.py --no-align --iters $both
 run low-alone train.py --res low --iters $both
 run student-pkd distill.py "${teacher[@]}" "${pkd[@]}"
 [ $# -ge 3 ] && exit
+run conventional-half train.py --no-align
 [ "$head" = fcos ] && run student-long distill.py "${teacher[@]}" --iters 4800
 for iters in 2400 4800; do  # the same student under a teacher that trained longer
     [ "$head" = fcos ] || break

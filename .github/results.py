@@ -15,6 +15,8 @@ import numpy as np
 ROWS = (
     ("conventional", "high", "conventional multi-scale @ high"),
     ("conventional", "low", "conventional multi-scale @ low"),
+    ("conventional-half", "high", "conventional multi-scale @ high, half the iterations"),
+    ("conventional-half", "low", "conventional multi-scale @ low, half the iterations"),
     ("low-alone", "low", "low resolution alone, aligned (P2-P6)"),
     ("teacher", "fused", "aligned teacher, fused (half the iterations)"),
     ("teacher", "high", "aligned teacher @ high (half)"),
@@ -40,6 +42,7 @@ ROWS = (
 PAIRS = (
     ("student", "low", "conventional", "low"),
     ("student-pkd", "low", "conventional", "low"),
+    ("student", "low", "conventional-half", "low"),
     ("student", "low", "conventional", "high"),
     ("student-pkd", "low", "conventional", "high"),
     ("low-alone", "low", "conventional", "low"),

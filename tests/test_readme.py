@@ -191,7 +191,7 @@ def test_the_comparison_s_script_makes_calls_that_the_scripts_understand(called)
             log = 'mkdir -p "$3"; echo \'{"done": 7, "AP": 0.1}\' > "$3/log.jsonl"'
             job, calls = called(log, "comparison.sh", *arguments.split())
             assert job.returncode == 0, job.stderr
-    assert len(calls) == len(set(calls)) == 20 + 6
+    assert len(calls) == len(set(calls)) == 21 + 6
     trained = [call for call in calls if "--head fcos --data photos --width 0.5" in call]
     assert [Path(call.split()[2]).name for call in trained] == ["teacher", "conventional", "low-alone"]
     for script, (typed, resumed) in map(parse, calls):
