@@ -34,7 +34,7 @@ ROWS = (
     ("student-narrow", "low", "slim student, PKD: half the head's channels"),
     ("student-slim", "low", "slim student, PKD: half the head's convolutions"),
     ("student-cold-alone", "low", "cold start, without distillation (half)"),
-    ("student-cold", "low", "cold start, L1"),
+    ("student-cold", "low", "cold start, L1 (half)"),
     ("teacher-wide", "fused", "aligned teacher of twice the width, fused (half)"),
     ("student-half-alone", "low", "student of half its teacher's width, without distillation"),
     ("student-half", "low", "student of half its teacher's width, PKD"),
