@@ -65,7 +65,7 @@ def test_a_recipe_is_chosen_by_data_and_device_unless_it_is_typed(capsys, known,
 @pytest.mark.parametrize(  # so many epochs of the photos, and bounds in iterations
     "recipe, count, typed, iters, ramp",
     [
-        ("photos", 300, {}, 1500, 75),
+        ("photos", 300, {}, 3000, 150),
         ("photos", 510, {"batch": 4}, 4590, 229),
         ("photos", 19_999, {}, 30_000, 1500),
         ("photos", 510, {"iters": 100}, 100, 5),

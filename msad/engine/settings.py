@@ -26,7 +26,7 @@ class Setting(NamedTuple):
 
 # The recipes: what each changes in COCO's. small draws shapes and needs no GPU, laptop trains on photos without a GPU,
 # photos on one GPU. BASE is common to all three, NO_GPU to the first two.
-BASE = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "warmup": 100, "clip": 5.0, "save_every": 250}
+BASE = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "cosine", "clip": 5.0, "save_every": 250}
 NO_GPU = BASE | {"backbone": "resnet18", "fpn_channels": 64, "head_channels": 64, "head_convs": 2, "workers": 0}
 SMALL = NO_GPU | {
     "short_sides": [256], "test_side": 256, "long_side": 512, "width": 0.25, "weights": "none", "object_scale": 0.68,
@@ -92,7 +92,7 @@ SETTINGS = {
 COCO = {name: setting.default for group in SETTINGS.values() for name, setting in group.items()}
 
 # Where the length follows from the pictures that have boxes: epochs of them, and bounds in iterations.
-LENGTHS = {"laptop": (6, 1500, 20_000), "photos": (36, 1500, 30_000)}
+LENGTHS = {"laptop": (6, 3000, 20_000), "photos": (36, 3000, 30_000)}
 MANY = 20_000  # training photos, from which on a GPU takes COCO's recipe
 
 # What may change on --resume: where things are, and what suits the machine.
