@@ -73,3 +73,5 @@ def test_finished_runs_become_numbers_and_these_tables(uninterrupted, tmp_path, 
     rows = {("teacher", "fused"): {0: one | {"iterations": 4}}, ("low-alone", "low"): {0: one | {"iterations": 7}}}
     with pytest.raises(AssertionError, match="drawn-fcos-0/low-alone: not 8"):  # as long as teacher and student
         results.check_lengths(rows)
+    with pytest.raises(AssertionError, match=r"one length: \[4, 5\]"):
+        results.check_lengths({("teacher", "fused"): {0: one | {"iterations": 4}, 1: one | {"iterations": 5}}})
